@@ -1,0 +1,102 @@
+// The names: every host function, once for torch.ops (traced, batched, fake, ... tensors) and once for a direct call.
+#include <torch/csrc/Exceptions.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include "host/run.h"
+#include "ops/ops.h"
+
+#define FUSEGRAD_OPS(_)                                                                                                           \
+  _(rms_norm_fwd, "(Tensor x, Tensor? w, int dims, float eps, float offset, bool cast_first) -> (Tensor, Tensor)")                \
+  _(rms_norm_bwd, "(Tensor dy, Tensor x, Tensor? w, Tensor rstd, int dims, float offset, bool[2] needed) -> (Tensor, Tensor)")    \
+  _(swiglu_fwd, "(Tensor gate, Tensor? up, int dim) -> Tensor")                                                                   \
+  _(swiglu_bwd, "(Tensor dy, Tensor gate, Tensor? up, int dim, bool[2] needed) -> (Tensor, Tensor)")                              \
+  _(cross_entropy_fwd, "(Tensor x, Tensor target, Tensor? w, Tensor? num_items, int ignore_index, float smoothing, float z_loss," \
+                       " float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide, bool return_lse)"       \
+                       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)")                                                            \
+  _(cross_entropy_bwd, "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? w, Tensor top, Tensor log_sum,"            \
+                       " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")
+
+// The library of torch.ops; the emulated build (tests/emulator) has its own. In two steps, so that the name is expanded.
+#ifndef FUSEGRAD_LIBRARY
+#define FUSEGRAD_LIBRARY fusegrad
+#endif
+#define FUSEGRAD_TORCH_LIBRARY(name, m) TORCH_LIBRARY(name, m)
+#define FUSEGRAD_TORCH_LIBRARY_IMPL(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
+
+namespace fusegrad {
+namespace {
+
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+// A direct call is right for nothing but ordinary tensors with nobody listening. Any other key (a mode, a functorch level, a
+// negative bit, a zero tensor, a subclass) asks for something that the dispatcher does. Layouts that no kernel takes pass, so
+// that the host function can say so.
+const uint64_t kOrdinary =
+    DispatchKeySet({c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit}).raw_repr() |
+    DispatchKeySet({DispatchKey::Dense, DispatchKey::Sparse, DispatchKey::SparseCsr, DispatchKey::Quantized, DispatchKey::NestedTensor,
+                    DispatchKey::MkldnnCPU, DispatchKey::AutogradFunctionality, DispatchKey::AutogradOther,
+                    DispatchKey::AutogradNestedTensor, DispatchKey::ADInplaceOrView})
+        .raw_repr() |
+    c10::autocast_dispatch_keyset.raw_repr();
+const uint64_t kQuiet = c10::default_included_set.raw_repr() | c10::autocast_dispatch_keyset.raw_repr();
+
+bool ordinary(const Tensor& t) { return (t.unsafeGetTensorImpl()->key_set().raw_repr() & ~kOrdinary) == 0; }
+bool ordinary(const OptTensor& t) { return !given(t) || ordinary(*t); }
+template <class T>
+bool ordinary(const T&) {
+  return true;
+}
+bool quiet() { return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~kQuiet) == 0; }
+
+template <class F>
+struct Gate;
+template <class R, class... Args>
+struct Gate<R (*)(Args...)> {
+  R (*function)(Args...);
+  c10::TypedOperatorHandle<R(Args...)> registered;
+
+  R operator()(Args... args) const {
+    if (quiet() && (ordinary(args) && ...)) return function(args...);
+    return registered.call(args...);
+  }
+};
+
+template <class F>
+void bind(py::module_& m, const char* name, F function) {
+  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string(C10_STRINGIZE(FUSEGRAD_LIBRARY) "::") + name).c_str(), "");
+  m.def(name, Gate<F>{function, handle.typed<std::remove_pointer_t<F>>()}, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+}  // namespace fusegrad
+
+FUSEGRAD_TORCH_LIBRARY(FUSEGRAD_LIBRARY, m) {
+#define FUSEGRAD_DEF(name, schema) m.def(#name schema, {at::Tag::pt2_compliant_tag});
+  FUSEGRAD_OPS(FUSEGRAD_DEF)
+}
+#define FUSEGRAD_IMPL(name, schema) m.impl(#name, &fusegrad::name);
+FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CPU, m) { FUSEGRAD_OPS(FUSEGRAD_IMPL) }
+FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CUDA, m) { FUSEGRAD_OPS(FUSEGRAD_IMPL) }
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::register_local_exception_translator([](std::exception_ptr e) {
+    try {
+      std::rethrow_exception(e);
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(e);
+    } catch (const python_error&) {
+      torch::translate_exception_to_python(e);
+    }
+  });
+#define FUSEGRAD_BIND(name, schema) fusegrad::bind(m, #name, &fusegrad::name);
+  FUSEGRAD_OPS(FUSEGRAD_BIND)
+  m.def("cpu_capability", [] { return fusegrad::variant_name(fusegrad::cpu_variant()); });
+  m.attr("with_cuda") =
+#ifdef FUSEGRAD_HAS_CUDA
+      true;
+#else
+      false;
+#endif
+}

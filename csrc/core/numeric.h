@@ -1,0 +1,150 @@
+// Arithmetic that reads the same for a scalar (double or float, on host or device) and for a SIMD vector of them.
+// An op's formulas are templates over the accumulate type A and use only what is declared here and the operators + - * /.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define FUSEGRAD_FN __host__ __device__ __forceinline__
+#else
+#define FUSEGRAD_FN inline __attribute__((always_inline))
+#endif
+
+namespace fusegrad {
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+
+// Sums of 16-bit and 32-bit rows are taken in float, sums of double rows in double.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class S>
+constexpr bool is_scalar = std::is_same_v<S, float> || std::is_same_v<S, double>;
+template <class S>
+using if_scalar = std::enable_if_t<is_scalar<S>, S>;
+
+// The lanes of an A: a scalar has one. lane<A>(d) is the mask that is true in lane number d (in none if there is no such lane).
+template <class A>
+struct Lanes {
+  using Scalar = A;
+  static constexpr int count = 1;
+  FUSEGRAD_FN static bool at(int64_t d) { return d == 0; }
+};
+template <class A>
+using Scalar = typename Lanes<A>::Scalar;
+
+template <class S>
+FUSEGRAD_FN if_scalar<S> fma(S a, S b, S c) {
+  return ::fma(a, b, c);
+}
+FUSEGRAD_FN float exp(float a) { return ::expf(a); }
+FUSEGRAD_FN double exp(double a) { return ::exp(a); }
+FUSEGRAD_FN float log(float a) { return ::logf(a); }
+FUSEGRAD_FN double log(double a) { return ::log(a); }
+FUSEGRAD_FN float tanh(float a) { return ::tanhf(a); }
+FUSEGRAD_FN double tanh(double a) { return ::tanh(a); }
+// 1 / sqrt and not the approximate instruction: half an ulp matters to the gradient of a float32 norm.
+FUSEGRAD_FN float rsqrt(float a) { return 1.0f / ::sqrtf(a); }
+FUSEGRAD_FN double rsqrt(double a) { return 1.0 / ::sqrt(a); }
+template <class S>
+FUSEGRAD_FN if_scalar<S> select(bool mask, S yes, S no) {
+  return mask ? yes : no;
+}
+// The larger one; NaN if either is NaN.
+template <class S>
+FUSEGRAD_FN if_scalar<S> larger(S a, S b) {
+  return a != a || a > b ? a : b;
+}
+// Rounded to the stored type T and back.
+template <class T, class S>
+FUSEGRAD_FN if_scalar<S> rounded(S a) {
+  return S(T(a));
+}
+
+}  // namespace fusegrad
+
+#ifdef FUSEGRAD_SIMD
+// The same vocabulary for at::vec. Only the files that are compiled once per CPU capability see this part; the anonymous namespace
+// keeps the linker from replacing one capability's code by another's.
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+namespace fusegrad {
+namespace {
+
+template <class S>
+using Vec = at::vec::Vectorized<S>;
+
+}  // namespace
+
+template <class S>
+struct Lanes<at::vec::Vectorized<S>> {
+  using Scalar = S;
+  static constexpr int count = at::vec::Vectorized<S>::size();
+  FUSEGRAD_FN static at::vec::Vectorized<S> at(int64_t d) {
+    // Relative to the first lane, so that it is exact for any column number.
+    return at::vec::Vectorized<S>::arange(S(0), S(1)) == at::vec::Vectorized<S>(S(d));
+  }
+  // The mask that is true in the first n lanes.
+  FUSEGRAD_FN static at::vec::Vectorized<S> first(int64_t n) {
+    return at::vec::Vectorized<S>::arange(S(0), S(1)) < at::vec::Vectorized<S>(S(n));
+  }
+};
+
+namespace {
+
+template <class S>
+FUSEGRAD_FN Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) {
+  return at::vec::fmadd(a, b, c);
+}
+template <class S>
+FUSEGRAD_FN Vec<S> exp(Vec<S> a) {
+  return a.exp();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> tanh(Vec<S> a) {
+  return a.tanh();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> select(Vec<S> mask, Vec<S> yes, Vec<S> no) {
+  return Vec<S>::blendv(no, yes, mask);
+}
+template <class S>
+FUSEGRAD_FN Vec<S> larger(Vec<S> a, Vec<S> b) {
+  return at::vec::maximum(a, b);
+}
+template <class T, class S>
+FUSEGRAD_FN Vec<S> rounded(Vec<S> a) {
+  if constexpr (sizeof(T) == 2)
+    return std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(a, a)));
+  else
+    return a;
+}
+
+}  // namespace
+}  // namespace fusegrad
+#endif  // FUSEGRAD_SIMD
+
+namespace fusegrad {
+
+template <class A>
+FUSEGRAD_FN auto lane(int64_t d) {
+  return Lanes<A>::at(d);
+}
+template <class A>
+FUSEGRAD_FN A sigmoid(A a) {
+  return A(1) / (A(1) + exp(A(0) - a));
+}
+template <class A>
+FUSEGRAD_FN A square(A a) {
+  return a * a;
+}
+
+}  // namespace fusegrad

@@ -1,0 +1,185 @@
+// What a fused op is made of, and what it is handed to a driver with. No torch tensors here: pointers, sizes and strides.
+//
+// A row op is a struct of scalars that derives from RowOp, says how many operands of each kind it has, and holds its formulas:
+//
+//   template <class A> using Sweeps = List<Sum1<A>, ...>;   the reductions over a row, one sweep each, in order (may be List<>)
+//   struct Sum1 { A field{identity}; merge(other) }         what a sweep gathers; all fields are A
+//   template <class S> struct Row { ... };                  what is known of a row between sweeps; S is a scalar
+//
+//   begin(row, at)          before the first sweep: fetch per-row values                               (optional)
+//   skip(row)               true: leave the row unread, its outputs are 0                              (optional)
+//   add(sum, row, in)       one column (A is a scalar) or one vector of columns into the sum
+//   finish(row, sum, at)    after a sweep: turn the sum into row values, store per-row outputs
+//   map<T>(row, in, out)    out.y[i]: the outputs of a column;  out.col[i]: its contribution to a sum over all rows
+//
+// A map op derives from MapOp, has inputs and outputs only, and map(in, out) instead of all the above.
+// T is the stored type of the rows, P that of the parameters, A the accumulate type, S = Scalar<A>.
+#pragma once
+
+#include "numeric.h"
+
+namespace fusegrad {
+
+enum class DType : int8_t { f64, f32, f16, bf16 };
+constexpr int kMaxDims = 8;  // of the rows, after dimensions that can be walked as one have been joined
+
+template <class...>
+struct List {};
+
+constexpr int at_least_one(int n) { return n > 0 ? n : 1; }  // an array of 0 is not C++
+
+struct MapOp {
+  static constexpr int in = 0;         // row inputs x[i], of type T
+  static constexpr int params = 0;     // one value per column p[i], of type P, shared by all rows
+  static constexpr int out = 0;        // row outputs y[i]
+  static constexpr int col_out = 0;    // sums over the rows, of type P, one value per column
+  static constexpr int index = 0;      // int64 per row
+  static constexpr int scalar_in = 0;  // T or S per row
+  static constexpr int scalar_out = 0;
+  static constexpr double absent = 1;  // what a parameter that is not given stands for
+};
+
+struct RowOp : MapOp {
+  template <class R, class At>
+  FUSEGRAD_FN void begin(R&, const At&) const {}
+  template <class R>
+  FUSEGRAD_FN bool skip(const R&) const {
+    return false;
+  }
+};
+
+// What a formula reads of one column, or of as many neighbouring ones as A has lanes.
+template <class Op, class A>
+struct In {
+  A x[at_least_one(Op::in)];
+  A p[at_least_one(Op::params)];
+  int64_t col;  // number of the first one
+
+  FUSEGRAD_FN auto is(int64_t c) const { return lane<A>(c - col); }
+};
+template <class Op, class A>
+struct Out {
+  A y[at_least_one(Op::out)];
+  A col[at_least_one(Op::col_out)];
+};
+
+// A tensor seen as rows: element (r, c) is at data + offset(r) + c * col.
+struct View {
+  void* data = nullptr;  // null: not given, or not asked for
+  int64_t stride[kMaxDims] = {};
+  int64_t col = 1;
+  bool wide = false;  // per-row values only: stored as Acc<T> and not as T
+};
+
+struct Extent {
+  int64_t rows = 0, cols = 0;
+  int dims = 0;  // of the rows
+  int64_t size[kMaxDims] = {};
+
+  FUSEGRAD_FN int64_t offset(const View& v, int64_t r) const {
+    int64_t o = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      const int64_t q = r / size[d];
+      o += (r - q * size[d]) * v.stride[d];
+      r = q;
+    }
+    return o + r * v.stride[0];
+  }
+};
+
+template <class Op>
+struct RowArgs {
+  Op op;
+  Extent extent;
+  DType rows, params;
+  View in[at_least_one(Op::in)];
+  View out[at_least_one(Op::out)];
+  View index[at_least_one(Op::index)];
+  View scalar_in[at_least_one(Op::scalar_in)];
+  View scalar_out[at_least_one(Op::scalar_out)];
+  const void* param[at_least_one(Op::params)] = {};
+  void* col_out[at_least_one(Op::col_out)] = {};
+  void* partial = nullptr;  // [col_out, slices, cols] of Acc<T>: each slice of rows sums its own columns
+  int64_t slices = 0;
+
+  bool sums_columns() const {
+    for (int i = 0; i < Op::col_out; ++i)
+      if (col_out[i]) return true;
+    return false;
+  }
+};
+
+template <class Op>
+struct MapArgs {
+  Op op;
+  Extent extent;
+  DType rows;
+  View in[at_least_one(Op::in)];
+  View out[at_least_one(Op::out)];
+};
+
+// Single elements of the row at hand, for begin() and finish().
+template <class Op, class T, class P>
+struct At {
+  using S = Acc<T>;
+  const RowArgs<Op>& args;
+  int64_t r;
+
+  FUSEGRAD_FN S x(int i, int64_t c) const {
+    const View& v = args.in[i];
+    return S(static_cast<const T*>(v.data)[args.extent.offset(v, r) + c * v.col]);
+  }
+  FUSEGRAD_FN S p(int i, int64_t c) const {
+    return args.param[i] ? S(static_cast<const P*>(args.param[i])[c]) : S(Op::absent);
+  }
+  FUSEGRAD_FN int64_t index(int i) const {
+    const View& v = args.index[i];
+    return static_cast<const int64_t*>(v.data)[args.extent.offset(v, r)];
+  }
+  FUSEGRAD_FN bool given(int i) const { return args.scalar_in[i].data != nullptr; }
+  FUSEGRAD_FN S scalar(int i, S otherwise = S(0)) const {
+    const View& v = args.scalar_in[i];
+    if (!v.data) return otherwise;
+    const int64_t o = args.extent.offset(v, r);
+    return v.wide ? static_cast<const S*>(v.data)[o] : S(static_cast<const T*>(v.data)[o]);
+  }
+  FUSEGRAD_FN void put(int i, S value) const {
+    const View& v = args.scalar_out[i];
+    if (!v.data) return;
+    const int64_t o = args.extent.offset(v, r);
+    if (v.wide)
+      static_cast<S*>(v.data)[o] = value;
+    else
+      static_cast<T*>(v.data)[o] = T(value);
+  }
+};
+
+// Calls f(T{}, P{}) for the pair of types at hand. Parameters have the type of the rows, or are float with 16-bit rows.
+template <bool has_params, class F>
+void for_types(DType rows, DType params, const F& f) {
+  const auto with = [&](auto t) {
+    if constexpr (has_params && sizeof(t) == 2)
+      if (params == DType::f32) return f(t, float{});
+    f(t, t);
+  };
+  if (rows == DType::f64) return with(double{});
+  if (rows == DType::f32) return with(float{});
+  if (rows == DType::f16) return with(Half{});
+  with(BFloat16{});
+}
+
+// The device table. Each file <op>_cpu.cpp, compiled once per capability, and each <op>.cu defines its Kernels<...>::entry; an
+// instantiation that is missing does not link.
+enum Variant { kDefault, kAvx2, kAvx512, kCuda, kVariants };
+
+template <class Args>
+struct Kernel {
+  void (*launch)(const Args&, void* stream);
+  int64_t (*slices)(const Args&);  // how many parts the rows are cut into for the sums over them; never the number of threads
+};
+template <class Args, Variant variant>
+struct Kernels {
+  static const Kernel<Args> entry;
+};
+
+}  // namespace fusegrad

@@ -1,0 +1,248 @@
+// Runs a row op on the CPU: rows are spread over threads, a row's columns over SIMD lanes.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "simd.h"
+
+namespace fusegrad {
+namespace {
+
+// Below this many elements one thread is faster than waking a second one.
+constexpr int64_t kGrain = 32768;
+
+template <class Op, class T, class P>
+class RowsCpu {
+  using S = Acc<T>;
+  using A = Vec<S>;
+  using Row = typename Op::template Row<S>;
+  static constexpr int W = Lanes<A>::count;
+  static constexpr int kChunk = kStep<A>;
+  // A tensor whose columns are apart is gathered this many rows at a time: for a transposed one that is a cache line of each column.
+  static constexpr int64_t kBlock = 64 / sizeof(T);
+
+ public:
+  explicit RowsCpu(const RowArgs<Op>& args) : args(args), cols(args.extent.cols) {
+    for (int i = 0; i < Op::in; ++i) gathered += args.in[i].col != 1;
+  }
+
+  void run() const {
+    if constexpr (Op::col_out > 0) {
+      if (args.sums_columns()) return run_slices();
+    }
+    at::parallel_for(0, args.extent.rows, grain(), [&](int64_t begin, int64_t end) { rows<false>(begin, end, 0); });
+  }
+
+ private:
+  const RowArgs<Op>& args;
+  const int64_t cols;
+  int gathered = 0;
+
+  int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)); }
+
+  // The rows are cut into slices that depend on the shape alone and are added up in order: the same bits for any number of threads.
+  void run_slices() const {
+    const int64_t slices = args.slices, rows_total = args.extent.rows;
+    const int64_t per = slices ? (rows_total + slices - 1) / slices : 0;
+    at::parallel_for(0, slices, per ? (grain() + per - 1) / per : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        for (int i = 0; i < Op::col_out; ++i)
+          if (args.col_out[i]) std::fill_n(partial(i, s), cols, S(0));
+        rows<true>(s * per, std::min(rows_total, (s + 1) * per), s);
+      }
+    });
+    at::parallel_for(0, cols, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, slices)), [&](int64_t begin, int64_t end) {
+      for (int i = 0; i < Op::col_out; ++i)
+        if (args.col_out[i]) add_slices(i, begin, end);
+    });
+  }
+
+  S* partial(int i, int64_t slice) const { return static_cast<S*>(args.partial) + (i * args.slices + slice) * cols; }
+
+  void add_slices(int i, int64_t begin, int64_t end) const {
+    P* const y = static_cast<P*>(args.col_out[i]);
+    for (int64_t c = begin; c < end; c += kChunk) {
+      const int64_t n = std::min<int64_t>(kChunk, end - c);
+      A total[2] = {A(S(0)), A(S(0))};
+      for (int64_t s = 0; s < args.slices; ++s) {
+        A v[2];
+        load(partial(i, s) + c, v, n);
+        total[0] = total[0] + v[0], total[1] = total[1] + v[1];
+      }
+      store(y + c, total, n);
+    }
+  }
+
+  template <bool sum_columns>
+  void rows(int64_t begin, int64_t end, int64_t slice) const {
+    std::unique_ptr<T[]> scratch(gathered ? new T[gathered * kBlock * cols] : nullptr);
+    for (int64_t block = begin; block < end; block += kBlock) {
+      const int64_t n = std::min(kBlock, end - block);
+      if (gathered) gather(scratch.get(), block, n);
+      for (int64_t r = block; r < block + n; ++r) {
+        const T* x[at_least_one(Op::in)];
+        for (int i = 0, g = 0; i < Op::in; ++i)
+          x[i] = args.in[i].col == 1 ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r)
+                                     : scratch.get() + (g++ * kBlock + r - block) * cols;
+        row<sum_columns>(r, x, slice);
+      }
+    }
+  }
+
+  void gather(T* to, int64_t first, int64_t n) const {
+    for (int i = 0; i < Op::in; ++i) {
+      const View& v = args.in[i];
+      if (v.col == 1) continue;
+      const T* from[kBlock];
+      for (int64_t r = 0; r < n; ++r) from[r] = static_cast<const T*>(v.data) + args.extent.offset(v, first + r);
+      for (int64_t c = 0; c < cols; ++c)
+        for (int64_t r = 0; r < n; ++r) to[r * cols + c] = from[r][c * v.col];
+      to += kBlock * cols;
+    }
+  }
+
+  template <bool sum_columns>
+  void row(int64_t r, const T* const* x, int64_t slice) const {
+    const At<Op, T, P> at{args, r};
+    Row row{};
+    args.op.begin(row, at);
+    T* y[at_least_one(Op::out)] = {};
+    for (int i = 0; i < Op::out; ++i)
+      if (args.out[i].data) y[i] = static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r);
+    if (args.op.skip(row)) {
+      for (int i = 0; i < Op::out; ++i)
+        if (y[i]) std::fill_n(y[i], cols, T(0));
+      return;
+    }
+    sweeps(typename Op::template Sweeps<A>{}, typename Op::template Sweeps<S>{}, row, x, at);
+    if constexpr (Op::out > 0 || Op::col_out > 0) {
+      S* col[at_least_one(Op::col_out)] = {};
+      if constexpr (sum_columns)
+        for (int i = 0; i < Op::col_out; ++i)
+          if (args.col_out[i]) col[i] = partial(i, slice);
+      int64_t c = 0;
+      for (; c + kChunk <= cols; c += kChunk) map<sum_columns, false>(row, x, y, col, c, kChunk);
+      if (c < cols) map<sum_columns, true>(row, x, y, col, c, cols - c);
+    }
+  }
+
+  template <class... V, class... H>
+  void sweeps(List<V...>, List<H...>, Row& row, [[maybe_unused]] const T* const* x, [[maybe_unused]] const At<Op, T, P>& at) const {
+    (args.op.finish(row, sweep<V, H>(row, x), at), ...);
+  }
+
+  // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
+  template <class V, class H>
+  H sweep(const Row& row, const T* const* x) const {
+    V sum[4];
+    int64_t c = 0;
+    for (; c + 2 * kChunk <= cols; c += 2 * kChunk) {
+      add(sum + 0, row, x, c);
+      add(sum + 2, row, x, c + kChunk);
+    }
+    if (c + kChunk <= cols) {
+      add(sum + 0, row, x, c);
+      c += kChunk;
+    }
+    if (c < cols) {
+      V with[2] = {sum[2], sum[3]};
+      add<true>(with, row, x, c);
+      keep_first(sum[2], with[0], cols - c);
+      keep_first(sum[3], with[1], cols - c - W);
+    }
+    sum[0].merge(sum[2]);
+    sum[1].merge(sum[3]);
+    sum[0].merge(sum[1]);
+    return across_lanes<V, H>(sum[0]);
+  }
+
+  template <bool tail = false>
+  FUSEGRAD_FN void load_in(In<Op, A> (&in)[2], const T* const* x, int64_t c) const {
+    const int64_t n = tail ? cols - c : kChunk;
+    in[0].col = c, in[1].col = c + W;
+    for (int i = 0; i < Op::in; ++i) {
+      A v[2];
+      load(x[i] + c, v, n);
+      in[0].x[i] = v[0], in[1].x[i] = v[1];
+    }
+    for (int i = 0; i < Op::params; ++i) {
+      A v[2] = {A(S(Op::absent)), A(S(Op::absent))};
+      if (args.param[i]) load(static_cast<const P*>(args.param[i]) + c, v, n);
+      in[0].p[i] = v[0], in[1].p[i] = v[1];
+    }
+  }
+
+  template <bool tail = false, class V>
+  FUSEGRAD_FN void add(V* sum, const Row& row, const T* const* x, int64_t c) const {
+    In<Op, A> in[2];
+    load_in<tail>(in, x, c);
+    args.op.add(sum[0], row, in[0]);
+    args.op.add(sum[1], row, in[1]);
+  }
+
+  template <class V>
+  static void keep_first(V& sum, const V& with, int64_t n) {
+    const auto mask = Lanes<A>::first(n);
+    A* const a = reinterpret_cast<A*>(&sum);
+    const A* const b = reinterpret_cast<const A*>(&with);
+    for (size_t i = 0; i < sizeof(V) / sizeof(A); ++i) a[i] = select(mask, b[i], a[i]);
+  }
+
+  template <class V, class H>
+  static H across_lanes(const V& sum) {
+    constexpr int n = sizeof(H) / sizeof(S);
+    static_assert(sizeof(V) == n * sizeof(A), "a sum holds nothing but fields of the accumulate type");
+    alignas(64) S lanes[n][W];
+    H part[W];
+    for (int i = 0; i < n; ++i) reinterpret_cast<const A*>(&sum)[i].store(lanes[i]);
+    for (int w = 0; w < W; ++w)
+      for (int i = 0; i < n; ++i) reinterpret_cast<S*>(part + w)[i] = lanes[i][w];
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int w = 0; w < half; ++w) part[w].merge(part[w + half]);
+    return part[0];
+  }
+
+  template <bool sum_columns, bool tail>
+  FUSEGRAD_FN void map(const Row& row, const T* const* x, T* const* y, S* const* col, int64_t c, int64_t n) const {
+    In<Op, A> in[2];
+    load_in<tail>(in, x, c);
+    Out<Op, A> out[2];
+    args.op.template map<T>(row, in[0], out[0]);
+    args.op.template map<T>(row, in[1], out[1]);
+    for (int i = 0; i < Op::out; ++i)
+      if (y[i]) {
+        const A v[2] = {out[0].y[i], out[1].y[i]};
+        tail ? store(y[i] + c, v, n) : store(y[i] + c, v);
+      }
+    if constexpr (sum_columns)
+      for (int i = 0; i < Op::col_out; ++i)
+        if (col[i]) {
+          A v[2];
+          tail ? load(static_cast<const S*>(col[i] + c), v, n) : load(static_cast<const S*>(col[i] + c), v);
+          v[0] = v[0] + out[0].col[i], v[1] = v[1] + out[1].col[i];
+          tail ? store(col[i] + c, v, n) : store(col[i] + c, v);
+        }
+  }
+};
+
+template <class Op>
+struct RowsOnCpu {
+  static void launch(const RowArgs<Op>& args, void*) {
+    for_types<(Op::params > 0)>(args.rows, args.params, [&](auto t, auto p) { RowsCpu<Op, decltype(t), decltype(p)>(args).run(); });
+  }
+  // Few enough that the partial sums are small beside the rows, enough for many threads.
+  static int64_t slices(const RowArgs<Op>& args) { return std::min<int64_t>(64, (args.extent.rows + 15) / 16); }
+};
+
+}  // namespace
+}  // namespace fusegrad
+
+#define FUSEGRAD_ROWS(Op)                                                                        \
+  namespace fusegrad {                                                                           \
+  template <>                                                                                    \
+  const Kernel<RowArgs<Op>> Kernels<RowArgs<Op>, FUSEGRAD_VARIANT>::entry = {                    \
+      RowsOnCpu<Op>::launch, RowsOnCpu<Op>::slices};                                             \
+  }

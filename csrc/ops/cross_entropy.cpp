@@ -1,0 +1,109 @@
+#include "cross_entropy.h"
+
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+
+#include "../host/run.h"
+#include "ops.h"
+
+namespace fusegrad {
+namespace {
+
+Frame classes(const char* op, const Tensor& x) {
+  const int64_t dim = std::min<int64_t>(1, x.dim() - 1);
+  return Frame(op, x, "input", dim, dim + 1);
+}
+
+// On the CPU a label that is no class is an error; elsewhere to look would be to wait, and the kernel makes the row NaN.
+void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  if (!target.is_cpu()) return;
+  const Tensor dense = target.contiguous();
+  const int64_t* t = dense.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < dense.numel(); ++i)
+    TORCH_CHECK_INDEX((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, "cross_entropy: target must be in [0, ", classes,
+                      ") or ignore_index (", ignore_index, "), got ", t[i]);
+}
+
+// The sum of the class weights, where the formulas need it.
+OptTensor weight_sum(const Frame& frame, const OptTensor& w, double smoothing) {
+  return given(w) && smoothing != 0 ? OptTensor(at::sum(*w, frame.wide())) : OptTensor();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
+    const Tensor& x,       // [N, C, *] or [C]
+    const Tensor& target,  // [N, *] or []
+    const OptTensor& w,    // [C]
+    const OptTensor& num_items,  // []
+    int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale,
+    bool reduce,         // to one number: the sum, or
+    bool mean,           // the sum over num_items, or
+    double items,        // over this many, or, if it is 0, over the sum of the labels' weights;
+    bool empty_is_zero,  // over nothing: 0 instead of NaN
+    bool wide, bool return_lse) {
+  RECORD_FUNCTION("fusegrad::cross_entropy_fwd", {});
+  using F = CrossEntropyFwd;
+  Frame frame = classes("cross_entropy", x);
+  RowArgs<F> args{{{}, {ignore_index, smoothing, z_loss, softcap, scale}}};
+  const auto out_type = wide ? frame.wide() : x.scalar_type();
+  Tensor top = frame.empty_per_row(), log_sum = frame.empty_per_row(), lse, loss = frame.empty_per_row(), weight, divisor;
+  frame.in(args.in[F::kX], x, "input");
+  frame.labels(args.index[F::kTarget], target, "target");
+  args.param[F::kW] = frame.params(w, "weight");
+  check_labels(target, frame.cols(), ignore_index);
+  const OptTensor sum = weight_sum(frame, w, smoothing);
+  if (sum) frame.per_row(args.scalar_in[F::kWeightSum], *sum, "sum of weight");
+  frame.per_row(args.scalar_out[F::kLoss], loss, "loss");
+  frame.per_row(args.scalar_out[F::kTop], top, "top");
+  frame.per_row(args.scalar_out[F::kLogSum], log_sum, "log_sum");
+  if (reduce) frame.per_row(args.scalar_out[F::kWeight], weight = frame.empty_per_row(), "weights");
+  if (return_lse) frame.per_row(args.scalar_out[F::kLse], lse = frame.empty_per_row(), "lse");
+  run(frame, args);
+  if (reduce) {
+    Frame items_frame("cross_entropy", loss, "loss", 0, loss.dim());
+    RowArgs<LossTotal> total{{{}, items, mean, empty_is_zero}};
+    items_frame.in(total.in[LossTotal::kLoss], loss, "loss");
+    items_frame.in(total.in[LossTotal::kWeight], weight, "weights");
+    if (given(num_items)) items_frame.per_row(total.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
+    Tensor result = items_frame.empty_per_row();
+    items_frame.per_row(total.scalar_out[LossTotal::kTotal], result, "loss");
+    items_frame.per_row(total.scalar_out[LossTotal::kDivisor], divisor = items_frame.empty_per_row(), "divisor");
+    run(items_frame, total);
+    loss = result;
+  }
+  return {loss.to(out_type), given(lse) ? lse.to(out_type) : lse, top, log_sum, divisor};
+}
+
+Tensor cross_entropy_bwd(
+    const OptTensor& dloss,    // [] or [N, *]
+    const OptTensor& dlse,     // [N, *]
+    const Tensor& x,           // [N, C, *] or [C]
+    const Tensor& target,      // [N, *] or []
+    const OptTensor& w,        // [C]
+    const Tensor& top,         // [N, *]
+    const Tensor& log_sum,     // [N, *]
+    const OptTensor& divisor,  // []
+    int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale) {
+  RECORD_FUNCTION("fusegrad::cross_entropy_bwd", {});
+  using B = CrossEntropyBwd;
+  Frame frame = classes("cross_entropy backward", x);
+  RowArgs<B> args{{{}, {ignore_index, smoothing, z_loss, softcap, scale}}};
+  Tensor dx = frame.empty_rows();
+  frame.in(args.in[B::kX], x, "input");
+  frame.labels(args.index[B::kTarget], target, "target");
+  args.param[B::kW] = frame.params(w, "weight");
+  const OptTensor sum = weight_sum(frame, w, smoothing);
+  if (sum) frame.per_row(args.scalar_in[B::kWeightSum], *sum, "sum of weight");
+  frame.per_row(args.scalar_in[B::kTop], top, "top");
+  frame.per_row(args.scalar_in[B::kLogSum], log_sum, "log_sum");
+  if (given(dloss)) frame.per_row(args.scalar_in[B::kDLoss], *dloss, "gradient of the loss");
+  if (given(dlse)) frame.per_row(args.scalar_in[B::kDLse], *dlse, "gradient of lse");
+  if (given(divisor)) frame.per_row(args.scalar_in[B::kDivisor], *divisor, "divisor");
+  frame.out(args.out[B::kDx], dx);
+  run(frame, args);
+  return dx;
+}
+
+}  // namespace fusegrad

@@ -1,0 +1,6 @@
+#include "../core/rows_cpu.h"
+#include "cross_entropy.h"
+
+FUSEGRAD_ROWS(CrossEntropyFwd)
+FUSEGRAD_ROWS(CrossEntropyBwd)
+FUSEGRAD_ROWS(LossTotal)

@@ -1,0 +1,5 @@
+#include "../core/map_cuda.cuh"
+#include "swiglu.h"
+
+FUSEGRAD_MAP(SwiGLUFwd)
+FUSEGRAD_MAP(SwiGLUBwd)

@@ -1,0 +1,8 @@
+"""Fused training layers for PyTorch: forward and backward kernels for CPU and CUDA that keep the whole autograd contract."""
+
+from . import _load  # noqa: F401  (before anything that needs the compiled part: says what is wrong if it cannot be had)
+from . import functional, nn
+from ._op import reset_stats, stats, strict, use_reference
+
+__version__ = "0.1.0"
+__all__ = ["functional", "nn", "reset_stats", "stats", "strict", "use_reference"]

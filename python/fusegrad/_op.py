@@ -1,0 +1,151 @@
+"""The table: one row per op, the door to the compiled functions, and what is known of the calls that did not take a kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import _C
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
+
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row. Tests and benchmarks are driven by it; adding an op adds no test file and no benchmark file."""
+
+    name: str
+    fn: type[torch.autograd.Function]
+    functional: Callable
+    reference: Callable  # of the arguments of fn.apply
+    samples: Callable  # samples(make) yields Sample
+    module: type[torch.nn.Module] | None = None
+    torch: Callable | None = None  # torch's function of the same arguments, where it has one
+    permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
+    rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
+    saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
+    bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
+
+    def __post_init__(self):
+        OPS[self.name] = self
+
+
+@dataclass
+class Sample:
+    """One call of an op, by the keyword arguments of its functional."""
+
+    name: str
+    kwargs: dict
+
+    def __str__(self):
+        return self.name
+
+
+# --- calls -------------------------------------------------------------------------------------------------------------------
+
+
+def compiled(name: str) -> Callable:
+    """The C++ function: called directly in eager, which decides there whether the dispatcher must be asked; as torch.ops when
+    torch.compile traces, as it sees nothing else."""
+    direct = getattr(_C, name)
+    registered = getattr(torch.ops.fusegrad, name).default
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return registered(*args)
+        return direct(*args)
+
+    call.__name__ = name
+    return call
+
+
+_strict = os.environ.get("FUSEGRAD_STRICT", "") not in ("", "0")
+_forced_reference = False
+_stats: Counter = Counter()
+_warned: set = set()
+
+
+@contextlib.contextmanager
+def strict(enabled: bool = True):
+    """Within, a call that has no kernel for its dtype, device or option raises instead of falling back to the reference.
+
+    `FUSEGRAD_STRICT=1` does the same for the whole process."""
+    global _strict
+    before, _strict = _strict, enabled
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+@contextlib.contextmanager
+def use_reference():
+    """Within, every op runs its reference: plain torch code, differentiated by torch. To tell whether a kernel is at fault."""
+    global _forced_reference
+    before, _forced_reference = _forced_reference, True
+    try:
+        yield
+    finally:
+        _forced_reference = before
+
+
+def forced_reference() -> bool:
+    return _forced_reference
+
+
+def stats() -> dict[tuple[str, str], int]:
+    """How often an op did not take its kernel, by (op, reason), since the last `reset_stats()`."""
+    return dict(_stats)
+
+
+def reset_stats() -> None:
+    _stats.clear()
+
+
+def count(op: str, reason: str) -> None:
+    _stats[op, reason] += 1
+
+
+def why_not(tensor: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """The sentence that says why no kernel takes these tensors, or None if one does."""
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"there is no kernel for {tensor.dtype}"
+    if tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
+        return f"there is no kernel for the device {tensor.device.type}"
+    return None
+
+
+def fall_back(op: str, reason: str) -> None:
+    """A capability is missing: visible in stats(), a warning the first time, an error if strict."""
+    if _strict:
+        raise RuntimeError(f"{op}: {reason} (strict mode does not fall back to the reference)")
+    count(op, reason)
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(f"{op}: {reason}; using the reference, which is plain torch code", stacklevel=4)
+
+
+def autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
+# --- what references are written with ------------------------------------------------------------------------------------------
+
+
+def wide_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that sums over x are taken in."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(wide_dtype(x))

@@ -1,0 +1,1 @@
+"""One module per op: reference, Function, functional, Module, and its row of the table."""

@@ -1,0 +1,293 @@
+"""Cross entropy between logits and class indices."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import _op
+from .._autograd import Function, differentiable
+from .._op import Op, Sample, autocast, compiled, wide, wide_dtype
+
+cross_entropy_fwd = compiled("cross_entropy_fwd")
+cross_entropy_bwd = compiled("cross_entropy_bwd")
+
+
+def cross_entropy_reference(
+    x, target, w, num_items, ignore_index, smoothing, z_loss, softcap, scale, reduce, mean, items, empty_is_zero, wide_out, return_lse
+):
+    kept = target != ignore_index
+    dim = min(1, x.dim() - 1)
+    # Ignored rows are cut off before anything is computed of them: an infinity in one must not become a NaN gradient.
+    z = torch.where(kept.unsqueeze(dim), wide(x), 0) * scale
+    z = softcap * torch.tanh(z / softcap) if softcap > 0 else z
+    log_p = F.log_softmax(z, dim)
+    weight = torch.ones(x.shape[dim], dtype=z.dtype, device=x.device) if w is None else wide(w)
+    label = torch.where(kept, target, 0)
+    label_weight = torch.where(kept, weight[label], 0)
+    loss = -(1 - smoothing) * label_weight * log_p.gather(dim, label.unsqueeze(dim)).squeeze(dim)
+    if smoothing != 0:
+        loss = loss - smoothing / x.shape[dim] * (log_p.movedim(dim, -1) * weight).sum(-1)
+    lse = torch.logsumexp(z, dim)
+    loss = torch.where(kept, loss + z_loss * lse.square(), 0)
+    if reduce:
+        divisor = label_weight.sum() if num_items is None and items == 0 else items if num_items is None else wide(num_items)
+        divisor = divisor if mean else 1
+        loss = loss.sum() / divisor if not empty_is_zero else torch.where(label_weight.sum() == 0, 0, loss.sum() / divisor)
+    dtype = z.dtype if wide_out else x.dtype
+    return loss.to(dtype), torch.where(kept, lse, 0).to(dtype) if return_lse else None
+
+
+@torch.library.register_fake("fusegrad::cross_entropy_fwd")
+def _(x, target, w, num_items, ignore_index, smoothing, z_loss, softcap, scale, reduce, mean, items, empty_is_zero, wide_out, return_lse):
+    out = dict(dtype=wide_dtype(x) if wide_out else x.dtype)
+    acc = dict(dtype=wide_dtype(x))
+    loss, divisor = x.new_empty(() if reduce else target.shape, **out), x.new_empty((), **acc) if reduce else None
+    lse = x.new_empty(target.shape, **out) if return_lse else None
+    return loss, lse, x.new_empty(target.shape, **acc), x.new_empty(target.shape, **acc), divisor
+
+
+@torch.library.register_fake("fusegrad::cross_entropy_bwd")
+def _(dloss, dlse, x, target, w, top, log_sum, divisor, ignore_index, smoothing, z_loss, softcap, scale):
+    dim = min(1, x.dim() - 1)
+    return x.new_empty(x.movedim(dim, -1).shape).movedim(-1, dim)
+
+
+class CrossEntropyFn(Function):
+    op = "cross_entropy"
+    reference = staticmethod(cross_entropy_reference)
+
+    @staticmethod
+    def forward(
+        x, target, w, num_items, ignore_index, smoothing, z_loss, softcap, scale, reduce, mean, items, empty_is_zero, wide_out, return_lse
+    ):  # spelled out: torch.compile counts the arguments to tell this form from the one with ctx
+        options = (ignore_index, smoothing, z_loss, softcap, scale, reduce, mean, items, empty_is_zero, wide_out, return_lse)
+        return cross_entropy_fwd(x, target, w, num_items, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, target, w, num_items, *ctx.options = inputs
+        ctx.divisor_is_given = num_items is not None
+        loss, lse, top, log_sum, divisor = outputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(top, log_sum, *(() if divisor is None else (divisor,)))
+        ctx.save_for_backward(x, target, w, top, log_sum, divisor)
+
+    @differentiable(lambda ctx: (*ctx.saved_tensors[:3], ctx.saved_tensors[-1] if ctx.divisor_is_given else None))
+    def backward(ctx, dloss, dlse, *_):
+        dx = None
+        if ctx.needs_input_grad[0] and not (dloss is None and dlse is None):
+            dx = cross_entropy_bwd(dloss, dlse, *ctx.saved_tensors, *ctx.options[:5])
+        return dx, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_items: float | Tensor | None = None,
+    return_lse: bool = False,
+    empty: str = "nan",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cross entropy between logits and class indices, with everything that training recipes add to it, in one pass each way.
+
+    With `z = softcap(logit_scale * input)`, `softcap(a) = logit_softcap * tanh(a / logit_softcap)` (identity if None),
+    `lse = logsumexp(z)` over the C classes and t the label, the loss of an item is
+
+    .. math:: (1 - s)\, w_t\, (\mathrm{lse} - z_t) + \frac{s}{C} \sum_c w_c\, (\mathrm{lse} - z_c) + \mathrm{z\_loss} \cdot \mathrm{lse}^2
+
+    with s = label_smoothing. Drop-in for `torch.nn.functional.cross_entropy`; the arguments up to `label_smoothing` are torch's.
+
+    Args:
+        input: logits `[N, C]`, `[C]` or `[N, C, d1, ...]`, float32, float64, float16 or bfloat16, any layout.
+        target: class indices `[N]`, `[]` or `[N, d1, ...]`, int64 (or uint8, as torch). Class probabilities (a floating-point target
+            of the input's shape) go through `torch.nn.functional.cross_entropy`.
+        weight: `[C]`, a constant factor per class; no gradient flows to it.
+        ignore_index: an item with this label has loss, gradient and lse 0, whatever its logits are (inf and NaN too).
+        reduction: "mean" divides the sum by the sum of the labels' weights (by the number of items without `weight`) over items
+            that are not ignored; "sum"; "none" returns `target`'s shape. `size_average` and `reduce` are torch's old names for it.
+        z_loss: factor of the squared log-partition function (PaLM uses 1e-4).
+        logit_softcap: bound of the logits (Gemma 2 uses 30).
+        logit_scale: factor of the logits, before the soft cap.
+        num_items: divisor of "mean" instead, a number or a scalar tensor (a constant: no gradient), so that accumulated micro-batches add up to the gradient of one big batch.
+        return_lse: also return the log-partition function of every item, `target`'s shape; gradients flow through it.
+        empty: "nan" or "zero": the mean over no item at all.
+
+    Returns:
+        The loss in the input's dtype (float32 under autocast, as torch, without casting the logits), or `(loss, lse)`.
+        Saved for backward: input, target, weight and two float32 per item.
+
+    Raises:
+        IndexError: on the CPU, a label that is neither a class nor `ignore_index`; on CUDA, where looking would mean waiting, it
+        makes loss and gradient of its item NaN. ValueError: batch sizes that differ, an unknown `reduction` or `empty`, `num_items`
+        with another reduction than "mean". RuntimeError: a shape, dtype or device that does not fit.
+
+    Equivalent eager code::
+
+        z = input.float() * logit_scale
+        z = logit_softcap * torch.tanh(z / logit_softcap) if logit_softcap else z
+        loss = torch.nn.functional.cross_entropy(z, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+    Sources: Szegedy et al. 2016, arXiv:1512.00567 (smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss); Gemma 2,
+    arXiv:2408.00118 (soft cap).
+    """
+    if has_torch_function((input, target, weight)):
+        args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        extra = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, num_items=num_items)
+        return handle_torch_function(cross_entropy, (input, target, weight), *args, **extra, return_lse=return_lse, empty=empty)
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"cross_entropy: {name} must be a Tensor, got {type(value).__name__}")
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+        warnings.warn("cross_entropy: size_average and reduce are deprecated, use reduction", stacklevel=2)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"cross_entropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"cross_entropy: empty must be 'nan' or 'zero', got {empty!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"cross_entropy: logit_softcap must be positive or None, got {logit_softcap}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"cross_entropy: num_items is the divisor of reduction='mean', got reduction={reduction!r}")
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: input must have at least one dimension, got a scalar")
+    if target.is_floating_point():
+        extra = (z_loss, logit_softcap, logit_scale, num_items, return_lse, empty)
+        if extra != (0.0, None, 1.0, None, False, "nan"):
+            raise ValueError("cross_entropy: probability targets take torch's own options only, got " + str(extra))
+        _op.fall_back("cross_entropy", "targets are probabilities")
+        return F.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    if target.shape != shape:
+        expected = f"one class per item, shape {list(shape)} for input {list(input.shape)}"
+        raise ValueError(f"cross_entropy: target must have {expected}, got {list(target.shape)}")
+    if target.dtype != torch.int64:
+        if target.dtype != torch.uint8:
+            raise RuntimeError(f"cross_entropy: target must be int64 (class indices), got {target.dtype}")
+        target = target.long()
+    classes = input.shape[min(1, input.dim() - 1)]
+    if weight is not None:
+        if weight.shape != (classes,):
+            raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
+        weight = weight.detach()
+    items = 0.0
+    if num_items is not None and not isinstance(num_items, Tensor):
+        items, num_items = float(num_items), None
+        if not items > 0:
+            raise ValueError(f"cross_entropy: num_items must be positive, got {items}")
+    loss, lse = CrossEntropyFn.call(
+        (input, target, weight, num_items), int(ignore_index), float(label_smoothing), float(z_loss), float(logit_softcap or 0.0),
+        float(logit_scale), reduction != "none", reduction == "mean", items, empty == "zero", autocast(input), return_lse,
+        outputs=2,
+    )  # fmt: skip
+    return (loss, lse) if return_lse else loss
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` with a fused forward and backward, and the further options of `cross_entropy`."""
+
+    def __init__(
+        self,
+        weight=None,
+        size_average=None,
+        ignore_index=-100,
+        reduce=None,
+        reduction="mean",
+        label_smoothing=0.0,
+        *,
+        z_loss=0.0,
+        logit_softcap=None,
+        logit_scale=1.0,
+        return_lse=False,
+        empty="nan",
+    ):
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.options = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, return_lse=return_lse, empty=empty)
+
+    def forward(self, input: Tensor, target: Tensor, num_items: float | Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            num_items=num_items,
+            **self.options,
+        )
+
+
+def _samples(make):
+    yield Sample("plain", dict(input=make(6, 37), target=make.labels(6, classes=37)))
+    yield Sample("sum", dict(input=make(4, 10, scale=5), target=make.labels(4, classes=10), reduction="sum"))
+    yield Sample("none", dict(input=make(9, 35, layout="transposed"), target=make.labels(9, classes=35), reduction="none"))
+    yield Sample("one_item", dict(input=make(41), target=make.labels(classes=41)))
+    yield Sample("one_class", dict(input=make(3, 1), target=make.labels(3, classes=1)))
+    yield Sample("image", dict(input=make(2, 5, 3, 4), target=make.labels(2, 3, 4, classes=5), label_smoothing=0.2))
+    yield Sample("image_channels_last", dict(input=make(2, 7, 3, 4, layout="channels_last"), target=make.labels(2, 3, 4, classes=7),
+                                             reduction="none", weight=make.param(7, positive=True)))  # fmt: skip
+    yield Sample("ignored", dict(input=make(8, 20, layout="row_strided"), target=make.labels(8, classes=20, ignore=-100)))
+    yield Sample("ignored_class", dict(input=make(8, 12), target=make.labels(8, classes=12, ignore=3), ignore_index=3, reduction="sum"))
+    yield Sample("ignored_number", dict(input=make(5, 9), target=make.labels(5, classes=9, ignore=77), ignore_index=77, z_loss=0.1))
+    yield Sample("weights", dict(input=make(6, 33), target=make.labels(6, classes=33, ignore=-100), weight=make.param(33, positive=True)))
+    yield Sample("smoothing", dict(input=make(5, 19), target=make.labels(5, classes=19), label_smoothing=0.1, reduction="none"))
+    yield Sample("weights_smoothing", dict(input=make(6, 40), target=make.labels(6, classes=40, ignore=-100), label_smoothing=0.3,
+                                           weight=make.param(40, positive=True)))  # fmt: skip
+    yield Sample("z_loss", dict(input=make(5, 30), target=make.labels(5, classes=30, ignore=-100), z_loss=0.05))
+    yield Sample("softcap", dict(input=make(5, 30, scale=20), target=make.labels(5, classes=30), logit_softcap=15.0, z_loss=1e-2))
+    yield Sample("scale", dict(input=make(4, 24, layout="column_strided"), target=make.labels(4, classes=24), logit_scale=0.25,
+                               logit_softcap=3.0))  # fmt: skip
+    yield Sample("scale_alone", dict(input=make(5, 24), target=make.labels(5, classes=24), logit_scale=3.0, reduction="sum"))
+    yield Sample("lse", dict(input=make(5, 26), target=make.labels(5, classes=26, ignore=-100), return_lse=True, reduction="none"))
+    yield Sample("lse_mean", dict(input=make(5, 70), target=make.labels(5, classes=70), return_lse=True, z_loss=0.1, label_smoothing=0.1))
+    yield Sample("num_items", dict(input=make(6, 11), target=make.labels(6, classes=11, ignore=-100), num_items=17))
+    yield Sample("num_items_tensor", dict(input=make(6, 11), target=make.labels(6, classes=11), num_items=make.number(13.0)))
+    yield Sample("empty_zero", dict(input=make(3, 8), target=make.labels(3, classes=8, ignore="all"), empty="zero"))
+    yield Sample("not_empty", dict(input=make(4, 8), target=make.labels(4, classes=8, ignore=-100), empty="zero", z_loss=0.1))
+    yield Sample("empty_nan", dict(input=make(3, 8), target=make.labels(3, classes=8, ignore="all")))
+    yield Sample("no_rows", dict(input=make(0, 8), target=make.labels(0, classes=8), reduction="sum"))
+    yield Sample("large_logits", dict(input=make(4, 300, scale=200), target=make.labels(4, classes=300)))
+    yield Sample("many_classes", dict(input=make(2, 3001), target=make.labels(2, classes=3001), label_smoothing=0.05))
+
+
+def _saved_bytes(kwargs):
+    x, target, w = kwargs["input"], kwargs["target"], kwargs.get("weight")
+    width = wide_dtype(x).itemsize
+    divisor = width if kwargs.get("reduction") != "none" else 0
+    return x.nbytes + target.nbytes + (0 if w is None else w.nbytes) + 2 * target.numel() * width + divisor
+
+
+def _like_torch(input, target, weight=None, *, return_lse=False, z_loss=0, num_items=None, logit_softcap=None, logit_scale=1, empty="nan", **kwargs):
+    """`torch.nn.functional.cross_entropy` where the options are its own; None where they are not."""
+    if (return_lse, z_loss, num_items, logit_softcap, logit_scale, empty) == (False, 0, None, None, 1, "nan"):
+        return F.cross_entropy(input, target, weight, **kwargs)
+    return None
+
+
+CROSS_ENTROPY = Op(
+    name="cross_entropy",
+    fn=CrossEntropyFn,
+    functional=cross_entropy,
+    reference=cross_entropy_reference,
+    samples=_samples,
+    module=CrossEntropyLoss,
+    torch=_like_torch,
+    permutes=lambda kwargs: {"input": min(1, kwargs["input"].dim() - 1), "weight": 0, "target": 0},
+    saved_bytes=_saved_bytes,
+    bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
+)

@@ -1,0 +1,187 @@
+"""The table as test cases, and the budget rule that decides whether a result is right."""
+
+import itertools
+
+import torch
+
+import fusegrad
+from fusegrad._op import OPS, Sample
+from fusegrad._samples import Make
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+PAIRS = ((F64, F64), (F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32))
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def draw(op, sample, dtype=F32, param_dtype=None, device="cpu", seed=0) -> Sample:
+    """The sample of that name, drawn anew."""
+    make = Make(dtype, param_dtype, device, seed)
+    return next(s for s in op.samples(make) if s.name == sample)
+
+
+def names(op):
+    return [s.name for s in op.samples(Make())]
+
+
+def cases(*pairs, ops=None):
+    """(op, sample name, dtype, parameter dtype), each once: samples without parameters have one pair per dtype."""
+    for op in OPS.values() if ops is None else ops:
+        for sample in names(op):
+            for dtype, param in pairs:
+                has_params = any(t.dtype == F32 for t in tensors(draw(op, sample, F16, F32)).values())
+                if dtype == param or has_params:
+                    yield op, sample, dtype, param
+
+
+def ids(case):
+    op, sample, dtype, param = case
+    return f"{op.name}-{sample}-{name_of(dtype)}" + ("" if dtype == param else f"-{name_of(param)}")
+
+
+def tensors(sample):
+    return {k: v for k, v in sample.kwargs.items() if isinstance(v, torch.Tensor)}
+
+
+def constant(op):
+    """Floating arguments that no gradient flows to."""
+    return {"weight", "num_items"} if op.name == "cross_entropy" else set()
+
+
+def diffable(op, sample):
+    return [k for k, v in tensors(sample).items() if v.is_floating_point() and k not in constant(op)]
+
+
+def with_grad(op, sample, which=None):
+    """The sample with leaves that require grad, of the same layout; and the leaves by name."""
+    leaves = {k: sample.kwargs[k].detach().requires_grad_() for k in (diffable(op, sample) if which is None else which)}
+    return Sample(sample.name, {**sample.kwargs, **leaves}), leaves
+
+
+def call(op, sample):
+    """The outputs that can be differentiated, as a tuple."""
+    out = op.functional(**sample.kwargs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def cotangents(outputs, seed=1):
+    make = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(y.shape, generator=make, dtype=F64).to(y.device, y.dtype) for y in outputs)
+
+
+def run(op, sample, cotangent=None, which=None):
+    """Outputs and gradients of one call under a random cotangent: {name: tensor}."""
+    sample, leaves = with_grad(op, sample, which)
+    outputs = call(op, sample)
+    cotangent = cotangents(outputs) if cotangent is None else cotangent
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangent) if leaves else ()
+    result = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return result | {f"gradient of {k}": g for k, g in zip(leaves, grads)}
+
+
+def reference(op, sample, dtype, cotangent, which=None):
+    """The same by the op's reference in another dtype."""
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors(sample).items()}
+    with fusegrad.use_reference():
+        return run(op, Sample(sample.name, sample.kwargs | cast), tuple(g.to(dtype) for g in cotangent), which)
+
+
+def permuted(op, sample, cotangent, seed):
+    """The call with its reduced dimension in another order, and what puts a result back in order."""
+    dims = op.permutes(sample.kwargs)
+    if not dims:
+        return sample, cotangent, lambda results: results
+    first = sample.kwargs[next(iter(dims))]
+    dim = next(iter(dims.values())) % first.dim()
+    order = torch.randperm(first.shape[dim], generator=torch.Generator().manual_seed(seed)).to(first.device)
+    inverse = order.argsort()
+    kwargs = dict(sample.kwargs)
+    for k, d in dims.items():
+        if kwargs.get(k) is None:
+            continue
+        if kwargs[k].is_floating_point():
+            kwargs[k] = kwargs[k].index_select(d, order)
+        else:  # labels: the numbers move with the classes
+            known = (kwargs[k] >= 0) & (kwargs[k] < len(order)) & (kwargs[k] != kwargs.get("ignore_index", -100))
+            kwargs[k] = torch.where(known, inverse[kwargs[k].clamp(0, len(order) - 1)], kwargs[k])
+            if 0 <= kwargs.get("ignore_index", -100) < len(order):
+                # Keep the ignored class recognisable: it must be a number that no label has after the permutation.
+                kwargs[k] = torch.where(known, kwargs[k], -100)
+                kwargs["ignore_index"] = -100
+    moved = tuple(g.index_select(dim, order) if g.shape == first.shape else g for g in cotangent)
+
+    def restore(results):
+        back = {}
+        for k, v in results.items():
+            d = dims.get(k.removeprefix("gradient of "), dim if v.shape == first.shape else None)
+            back[k] = v if d is None else v.index_select(d, inverse)
+        return back
+
+    return Sample(sample.name, kwargs), moved, restore
+
+
+def ulp(x, dtype):
+    """The distance between neighbouring numbers of a 16-bit dtype at x."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(x.abs().clamp_min(info.smallest_normal))[1] - 1
+    return torch.ldexp(torch.full_like(x, info.eps), exponent)
+
+
+def budget(op, sample, cotangent, which=None):
+    """For each result: the float64 reference, and the error that a correct kernel may have (elementwise):
+
+    h + 3 E + 4 eps(A) max|r64|, where E is the largest error of the reference in the accumulate type A on the inputs as given and
+    with the reduced dimension in other orders, and h half an ulp (and 1% of it) of a result stored in 16 bits."""
+    rows = next(v for v in tensors(sample).values() if v.is_floating_point())
+    accumulate = F64 if rows.dtype == F64 else F32
+    r64 = reference(op, sample, F64, cotangent, which)
+    errors = {k: torch.zeros((), dtype=F64, device=v.device) for k, v in r64.items()}
+    one_row = rows.dim() == 0 or rows.numel() == rows.shape[-1]
+    for seed in range(1 + (16 if one_row else 4)):
+        if seed == 0:
+            found = reference(op, sample, accumulate, cotangent, which)
+        else:
+            other, moved, restore = permuted(op, sample, cotangent, seed)
+            found = restore(reference(op, other, accumulate, moved, which))
+        for k, v in found.items():
+            difference = (v.to(F64) - r64[k]).abs()
+            difference = difference[difference.isfinite()]
+            if difference.numel():
+                errors[k] = torch.maximum(errors[k], difference.max())
+    allowed = {}
+    for k, r in r64.items():
+        finite = r[r.isfinite()].abs()
+        largest = finite.max() if finite.numel() else torch.zeros((), dtype=F64)
+        allowed[k] = (3 * errors[k] + 4 * torch.finfo(accumulate).eps * largest).expand(r.shape)
+    return r64, allowed
+
+
+def check(op, sample, results, cotangent, which=None):
+    """Asserts that results of `run` are within the budget; the worst one is named."""
+    r64, allowed = budget(op, sample, cotangent, which)
+    assert results.keys() == r64.keys()
+    for k, value in results.items():
+        r, limit, value64 = r64[k], allowed[k], value.to(F64)
+        if value.dtype != F64:  # a number beyond the range of the type is an infinity of it
+            info = torch.finfo(value.dtype)
+            r = torch.where(r.abs() > info.max * (1 + info.eps / 4), r.sign() * torch.inf, r)
+        if value.dtype in (F16, BF16):
+            limit = limit + op.rounding(sample.kwargs) * ulp(r, value.dtype)
+        assert value.shape == r.shape, f"{k}: shape {tuple(value.shape)} instead of {tuple(r.shape)}"
+        assert torch.equal(value64.isnan(), r.isnan()), f"{k}: NaN in other places than the reference"
+        infinite = r.isinf()
+        assert torch.equal(value64[infinite], r[infinite]) and not value64[~infinite].isinf().any(), f"{k}: Inf in other places"
+        finite = r.isfinite()
+        excess = ((value64 - r).abs() - limit)[finite]
+        if excess.numel() and excess.max() > 0:
+            at = excess.argmax()
+            raise AssertionError(
+                f"{k}: error {(value64 - r).abs()[finite][at]:.3e} is over the budget {limit[finite][at]:.3e} "
+                f"(value {value64[finite][at]:.9g}, reference {r[finite][at]:.9g}); worst of {excess.numel()}"
+            )
+
+
+def subsets(keys):
+    return itertools.chain.from_iterable(itertools.combinations(keys, n) for n in range(len(keys) + 1))
