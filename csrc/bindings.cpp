@@ -34,7 +34,7 @@ using c10::DispatchKeySet;
 // negative bit, a zero tensor, a subclass) asks for something that the dispatcher does. Layouts that no kernel takes pass, so
 // that the host function can say so.
 const uint64_t kOrdinary =
-    DispatchKeySet({c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit}).raw_repr() |
+    DispatchKeySet({c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit, c10::BackendComponent::MetaBit}).raw_repr() |
     DispatchKeySet({DispatchKey::Dense, DispatchKey::Sparse, DispatchKey::SparseCsr, DispatchKey::Quantized, DispatchKey::NestedTensor,
                     DispatchKey::MkldnnCPU, DispatchKey::AutogradFunctionality, DispatchKey::AutogradOther,
                     DispatchKey::AutogradNestedTensor, DispatchKey::ADInplaceOrView})
@@ -48,6 +48,13 @@ template <class T>
 bool ordinary(const T&) {
   return true;
 }
+// Meta tensors alone are for the dispatcher; beside a real one they are a mistake that the host function names.
+bool not_meta(const Tensor& t) { return !t.is_meta(); }
+bool not_meta(const OptTensor& t) { return given(t) && not_meta(*t); }
+template <class T>
+bool not_meta(const T&) {
+  return false;
+}
 bool quiet() { return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~kQuiet) == 0; }
 
 template <class F>
@@ -58,7 +65,7 @@ struct Gate<R (*)(Args...)> {
   c10::TypedOperatorHandle<R(Args...)> registered;
 
   R operator()(Args... args) const {
-    if (quiet() && (ordinary(args) && ...)) return function(args...);
+    if (quiet() && (ordinary(args) && ...) && (not_meta(args) || ...)) return function(args...);
     return registered.call(args...);
   }
 };

@@ -27,7 +27,7 @@ void check_cuda(cudaError_t error) {
   cudaGetLastError();
   const std::string what = __PRETTY_FUNCTION__;  // "... [with What = <name>; ...]"
   const size_t name = what.find("What = ") + 7;
-  throw std::runtime_error(what.substr(name, what.find_last_of(";]") - name) + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(what.substr(name, what.find_first_of(";]", name) - name) + ": " + cudaGetErrorString(error));
 }
 
 template <class Program>

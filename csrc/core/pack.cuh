@@ -85,7 +85,7 @@ inline Split split(int64_t packs, int pack_bytes, int k, int team = 1, int max_t
   const int least = std::min(32, 64 / pack_bytes);
   while (team < max_team && (int64_t(team) * k < packs || (team < least && team < packs))) team *= 2;
   const int64_t tile = int64_t(team) * k;
-  return {team, std::max(team, kBlock), packs, int((packs + tile - 1) / tile)};
+  return {team, team > 32 ? team : kBlock, packs, int((packs + tile - 1) / tile)};
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ DType dtype(const char* op, const Tensor& t, const char* name) {
 
 const Tensor& dense(const char* op, const Tensor& t, const char* name) {
   TORCH_CHECK(t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized() && t.has_storage(), op, ": ", name,
-              " must be a dense tensor, got ", t.toString());
+              " must be a dense tensor, got ", t.is_nested() ? "a nested" : t.is_quantized() ? "a quantized" : "a",
+              " tensor of layout ", t.layout());
   return t;
 }
 
@@ -157,7 +158,7 @@ bool Frame::try_join(Extent& extent) {
   // A map op may walk in any order: that of its first output's memory. Rows keep the order of their numbers, so that the sums
   // over them are the same bits in any layout.
   if (flat_) {
-    const auto& strides = std::find_if(entries_.begin(), entries_.end(), [](const Entry& e) { return e.out; })->strides;
+    const at::DimVector& strides = std::find_if(entries_.begin(), entries_.end(), [](const Entry& e) { return e.out; })->strides;
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   }
   int dims = 0;

@@ -32,6 +32,7 @@ class Op:
     torch: Callable | None = None  # torch's function of the same arguments, where it has one
     permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
     rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
+    by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
 
@@ -116,12 +117,19 @@ def count(op: str, reason: str) -> None:
 
 
 def why_not(tensor: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """The sentence that says why no kernel takes these tensors, or None if one does."""
+    """The sentence that says why no kernel takes a call with these tensors, the main one first; None if one does."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {tensor.dtype}"
     if tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
         return f"there is no kernel for the device {tensor.device.type}"
     return None
+
+
+def check_tensor(op: str, name: str, value) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.is_nested:  # has no shape that the checks after this one could look at
+        raise RuntimeError(f"{op}: {name} must be a dense tensor, got a nested tensor")
 
 
 def fall_back(op: str, reason: str) -> None:

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, wide, wide_dtype
 
 cross_entropy_fwd = compiled("cross_entropy_fwd")
 cross_entropy_bwd = compiled("cross_entropy_bwd")
@@ -148,9 +148,8 @@ def cross_entropy(
         args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         extra = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, num_items=num_items)
         return handle_torch_function(cross_entropy, (input, target, weight), *args, **extra, return_lse=return_lse, empty=empty)
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"cross_entropy: {name} must be a Tensor, got {type(value).__name__}")
+    check_tensor("cross_entropy", "input", input)
+    check_tensor("cross_entropy", "target", target)
     if size_average is not None or reduce is not None:
         reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
         warnings.warn("cross_entropy: size_average and reduce are deprecated, use reduction", stacklevel=2)
@@ -288,6 +287,7 @@ CROSS_ENTROPY = Op(
     module=CrossEntropyLoss,
     torch=_like_torch,
     permutes=lambda kwargs: {"input": min(1, kwargs["input"].dim() - 1), "weight": 0, "target": 0},
+    by_reference="integer and complex dtypes, other devices, targets that are probabilities",
     saved_bytes=_saved_bytes,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
 )

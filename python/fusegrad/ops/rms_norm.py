@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, wide, wide_dtype
 
 rms_norm_fwd = compiled("rms_norm_fwd")
 rms_norm_bwd = compiled("rms_norm_bwd")
@@ -104,8 +104,9 @@ def rms_norm(
     if has_torch_function((input, weight)):
         extra = dict(weight_offset=weight_offset, cast_order=cast_order)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight, eps, **extra)
-    if not isinstance(input, Tensor):
-        raise TypeError(f"rms_norm: input must be a Tensor, got {type(input).__name__}")
+    check_tensor("rms_norm", "input", input)
+    if isinstance(normalized_shape, int):
+        raise TypeError("rms_norm: normalized_shape must be a sequence of sizes, got int")
     shape = tuple(normalized_shape)
     if not shape or shape != tuple(input.shape[input.dim() - len(shape) :]):
         raise RuntimeError(
@@ -118,7 +119,7 @@ def rms_norm(
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight = input.float(), None if weight is None else weight.float()
     if eps is None:
-        eps = torch.finfo(wide_dtype(input)).eps
+        eps = torch.finfo(wide_dtype(input)).eps if input.is_floating_point() or input.is_complex() else 0.0
     options = (len(shape), float(eps), float(weight_offset), cast_order == "llama")
     return RMSNormFn.call((input, weight), *options, outputs=1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, compiled, wide
+from .._op import Op, Sample, check_tensor, compiled, wide
 
 swiglu_fwd = compiled("swiglu_fwd")
 swiglu_bwd = compiled("swiglu_bwd")
@@ -83,9 +83,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
     """
     if has_torch_function((gate, up)):
         return handle_torch_function(swiglu, (gate, up), gate, up, dim=dim)
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"swiglu: gate must be a Tensor, got {type(gate).__name__}")
+    check_tensor("swiglu", "gate", gate)
     if up is not None:
+        check_tensor("swiglu", "up", up)
         if up.shape != gate.shape or up.dtype != gate.dtype:
             error = RuntimeError if up.dtype == gate.dtype else TypeError
             expected, fact = f"{gate.dtype} {list(gate.shape)}", f"{up.dtype} {list(up.shape)}"

@@ -1,0 +1,53 @@
+# Each target sets itself up: in the activated environment if there is one, else in .venv.
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PYTHON := $(VENV)/bin/python
+BUILT := build/built-in$(subst /,-,$(VENV))
+TORCH := torch==2.13.0
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+# Test workers: one per core.
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test test-quick lint format clean
+
+demo: $(VENV)/.fusegrad-demo $(BUILT)
+	$(PYTHON) examples/train_gpt.py $(ARGS)
+
+test: $(VENV)/.fusegrad-test $(BUILT) lint
+	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+
+test-quick: $(VENV)/.fusegrad-test $(BUILT)
+	$(PYTHON) -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.fusegrad-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+format: $(VENV)/.fusegrad-test
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+$(PYTHON):
+	python3 -m venv $(VENV)
+
+$(VENV)/.fusegrad-torch: | $(PYTHON)
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet $(TORCH)
+	$(PYTHON) -m pip install --quiet 'setuptools>=77' wheel ninja numpy
+	touch $@
+
+# Editable, so that a changed Python file needs no installation.
+$(BUILT): $(VENV)/.fusegrad-torch $(SOURCES)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	mkdir -p $(@D) && touch $@
+
+$(VENV)/.fusegrad-test: $(VENV)/.fusegrad-torch pyproject.toml
+	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])')
+	touch $@
+
+$(VENV)/.fusegrad-demo: $(VENV)/.fusegrad-torch pyproject.toml
+	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["demo"])')
+	touch $@
+
+clean:
+	rm -rf build out python/fusegrad/*.so python/fusegrad/_build_info.py

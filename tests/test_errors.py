@@ -1,0 +1,135 @@
+"""Bad input: an error of torch's type that names op, argument, expectation and fact; and what torch accepts is accepted."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusegrad
+import fusegrad.functional as fused
+
+x = torch.randn(4, 8)
+labels = torch.tensor([0, 1, 2, 3])
+sparse, nested = x.to_sparse(), torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
+
+BAD = [
+    (lambda: fused.rms_norm(x, ()), RuntimeError, "rms_norm: normalized_shape must be the last dimensions of input ([4, 8]) and at least one, got []"),
+    (lambda: fused.rms_norm(x, (7,)), RuntimeError, "rms_norm: normalized_shape must be the last dimensions of input ([4, 8]) and at least one, got [7]"),
+    (lambda: fused.rms_norm(x, (1, 4, 8)), RuntimeError, "rms_norm: normalized_shape must be the last dimensions of input ([4, 8]) and at least one, got [1, 4, 8]"),
+    (lambda: fused.rms_norm(x, 8), TypeError, "rms_norm: normalized_shape must be a sequence of sizes, got int"),
+    (lambda: fused.rms_norm([1.0], (1,)), TypeError, "rms_norm: input must be a Tensor, got list"),
+    (lambda: fused.rms_norm(x, (8,), torch.ones(7)), RuntimeError, "rms_norm: weight must have shape [8], got [7]"),
+    (lambda: fused.rms_norm(x, (8,), torch.ones(8).double()), TypeError, "rms_norm: weight must be Float, got Double"),
+    (lambda: fused.rms_norm(x.half(), (8,), torch.ones(8).bfloat16()), TypeError, "rms_norm: weight must be Half or Float, got BFloat16"),
+    (lambda: fused.rms_norm(x, (8,), torch.ones(8, device="meta")), RuntimeError, "rms_norm: weight must be on cpu, where the first argument is, got a tensor on meta"),
+    (lambda: fused.rms_norm(sparse, (8,)), RuntimeError, "rms_norm: input must be a dense tensor, got a tensor of layout Sparse"),
+    (lambda: fused.rms_norm(x, (8,), cast_order="gemma"), ValueError, "rms_norm: cast_order must be 'torch' or 'llama', got 'gemma'"),
+    (lambda: fused.swiglu(x, x[:, :4]), RuntimeError, "swiglu: up must have the dtype and shape of gate (torch.float32 [4, 8]), got torch.float32 [4, 4]"),
+    (lambda: fused.swiglu(x, x.double()), TypeError, "swiglu: up must have the dtype and shape of gate (torch.float32 [4, 8]), got torch.float64 [4, 8]"),
+    (lambda: fused.swiglu(x[:, :7]), RuntimeError, "swiglu: input must have an even size in dimension 1, got [4, 7]"),
+    (lambda: fused.swiglu(x, dim=2), IndexError, "swiglu: dim must be in [-2, 1] for input [4, 8], got 2"),
+    (lambda: fused.swiglu(torch.tensor(1.0)), IndexError, "swiglu: dim must be in [0, -1] for input [], got -1"),
+    (lambda: fused.swiglu(sparse), RuntimeError, "swiglu: input must be a dense tensor, got a tensor of layout Sparse"),
+    (lambda: fused.swiglu(None), TypeError, "swiglu: gate must be a Tensor, got NoneType"),
+    (lambda: fused.cross_entropy(x, torch.tensor([0, 1, 2, 8])), IndexError, "cross_entropy: target must be in [0, 8) or ignore_index (-100), got 8"),
+    (lambda: fused.cross_entropy(x, torch.tensor([0, 1, 2, -1])), IndexError, "cross_entropy: target must be in [0, 8) or ignore_index (-100), got -1"),
+    (lambda: fused.cross_entropy(x, labels[:3]), ValueError, "cross_entropy: target must have one class per item, shape [4] for input [4, 8], got [3]"),
+    (lambda: fused.cross_entropy(x, labels.int()), RuntimeError, "cross_entropy: target must be int64 (class indices), got torch.int32"),
+    (lambda: fused.cross_entropy(x, labels, torch.ones(7)), RuntimeError, "cross_entropy: weight must have one element per class ([8]), got [7]"),
+    (lambda: fused.cross_entropy(x, labels, torch.ones(8).double()), TypeError, "cross_entropy: weight must be Float, got Double"),
+    (lambda: fused.cross_entropy(x, labels, reduction="average"), ValueError, "cross_entropy: reduction must be 'mean', 'sum' or 'none', got 'average'"),
+    (lambda: fused.cross_entropy(x, labels, label_smoothing=1.5), RuntimeError, "cross_entropy: label_smoothing must be in [0, 1], got 1.5"),
+    (lambda: fused.cross_entropy(x, labels, empty="one"), ValueError, "cross_entropy: empty must be 'nan' or 'zero', got 'one'"),
+    (lambda: fused.cross_entropy(x, labels, logit_softcap=0.0), ValueError, "cross_entropy: logit_softcap must be positive or None, got 0.0"),
+    (lambda: fused.cross_entropy(x, labels, num_items=0), ValueError, "cross_entropy: num_items must be positive, got 0.0"),
+    (lambda: fused.cross_entropy(x, labels, num_items=3, reduction="sum"), ValueError, "cross_entropy: num_items is the divisor of reduction='mean', got reduction='sum'"),
+    (lambda: fused.cross_entropy(torch.tensor(1.0), torch.tensor(0)), RuntimeError, "cross_entropy: input must have at least one dimension, got a scalar"),
+    (lambda: fused.cross_entropy(x[0], labels[:1]), ValueError, "cross_entropy: target must have one class per item, shape [] for input [8], got [1]"),
+    (lambda: fused.cross_entropy(x, [0]), TypeError, "cross_entropy: target must be a Tensor, got list"),
+    (lambda: fused.cross_entropy(x, labels.to("meta")), RuntimeError, "cross_entropy: target must be on cpu, where the first argument is, got a tensor on meta"),
+    (lambda: fused.cross_entropy(sparse, labels), RuntimeError, "cross_entropy: input must be a dense tensor, got a tensor of layout Sparse"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, text", BAD, ids=[text[:60] for _, _, text in BAD])
+def test_error_texts(call, error, text):
+    with pytest.raises(error, match=re.escape(text) + "$") as info:
+        call()
+    assert type(info.value) is error
+    # The next call works: nothing is left behind.
+    torch.testing.assert_close(fused.rms_norm(x, (8,)), F.rms_norm(x, (8,)))
+
+
+@pytest.mark.parametrize("call", (
+    lambda t: fused.rms_norm(t, (8,)), lambda t: fused.swiglu(t), lambda t: fused.cross_entropy(t, torch.zeros(4, dtype=torch.long)),
+))  # fmt: skip
+@pytest.mark.parametrize("kind", ("nested", "quantized", "csr", "mkldnn"))
+def test_layouts_that_no_kernel_takes(call, kind):
+    make = dict(
+        nested=lambda: nested,
+        quantized=lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        csr=lambda: x.to_sparse_csr(),
+        mkldnn=lambda: x.to_mkldnn(),
+    )
+    with pytest.raises((RuntimeError, TypeError), match=f"dense tensor|no kernel"):
+        call(make[kind]())
+
+
+def test_what_torch_accepts():
+    ours = [fused.rms_norm(x, (8,), eps=e) for e in (0.0, -0.5, float("nan"))]
+    for a, e in zip(ours, (0.0, -0.5, float("nan"))):
+        torch.testing.assert_close(a, F.rms_norm(x, (8,), eps=e), equal_nan=True)
+    with fusegrad.strict(False), pytest.warns(UserWarning, match="there is no kernel for torch.complex128"):
+        z = torch.randn(4, 8, dtype=torch.complex128)
+        torch.testing.assert_close(fused.rms_norm(z, (8,)), F.rms_norm(z, (8,)))
+    torch.testing.assert_close(fused.cross_entropy(x, labels.to(torch.uint8)), F.cross_entropy(x, labels.to(torch.uint8)))
+    soft = torch.rand(4, 8).softmax(1)
+    with fusegrad.strict(False), pytest.warns(UserWarning, match="targets are probabilities"):
+        torch.testing.assert_close(fused.cross_entropy(x, soft, label_smoothing=0.1), F.cross_entropy(x, soft, label_smoothing=0.1))
+    for args in (dict(size_average=False), dict(reduce=False), dict(size_average=True, reduce=True)):
+        with pytest.warns(UserWarning):
+            torch.testing.assert_close(fused.cross_entropy(x, labels, **args), F.cross_entropy(x, labels, **args))
+    assert fused.rms_norm(torch.empty(3, 0), (0,)).shape == (3, 0)
+    assert fused.cross_entropy(torch.empty(0, 8), torch.empty(0, dtype=torch.long)).isnan()
+
+
+def test_ignored_rows_are_not_read():
+    """Loss, lse and gradient of an ignored row are 0 even if its logits hold infinities and NaN."""
+    bad = x.clone()
+    bad[1], bad[3, 2] = float("nan"), float("inf")
+    target = torch.tensor([0, -100, 2, -100])
+    bad.requires_grad_()
+    for options in (dict(), dict(label_smoothing=0.1, z_loss=0.1), dict(logit_softcap=5.0, weight=torch.rand(8))):
+        loss, lse = fused.cross_entropy(bad, target, reduction="none", return_lse=True, **options)
+        (g,) = torch.autograd.grad((loss * torch.randn(4) + lse).sum(), bad)
+        assert not loss[[1, 3]].any() and not lse[[1, 3]].any() and not g[[1, 3]].any() and g.isfinite().all()
+
+
+def test_nobody_left():
+    target = torch.full((4,), -100)
+    z = x.clone().requires_grad_()
+    assert fused.cross_entropy(z, target).isnan() and fused.cross_entropy(z, target, empty="zero") == 0
+    assert fused.cross_entropy(z, target, reduction="sum") == 0
+    for options in (dict(), dict(empty="zero"), dict(reduction="sum")):
+        assert not torch.autograd.grad(fused.cross_entropy(z, target, **options), z)[0].any()
+
+
+def test_micro_batches_add_up():
+    """num_items: the gradients of two halves add up to those of the whole batch."""
+    z = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([1, 2, -100, 4, 5, 6])
+    (whole,) = torch.autograd.grad(fused.cross_entropy(z, t), z)
+    halves = sum(fused.cross_entropy(z[i], t[i], num_items=5) for i in (slice(0, 3), slice(3, 6)))
+    torch.testing.assert_close(torch.autograd.grad(halves, z)[0], whole)
+
+
+@pytest.mark.parametrize("variable, text", (("sse9", "FUSEGRAD_CPU_CAPABILITY must be one of default"),))
+def test_unknown_capability(variable, text):
+    import os
+    import subprocess
+    import sys
+
+    code = "import torch, fusegrad; fusegrad.functional.swiglu(torch.ones(2, 2))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FUSEGRAD_CPU_CAPABILITY": variable}, capture_output=True, text=True)
+    assert done.returncode and text in done.stderr and "got sse9" in done.stderr
