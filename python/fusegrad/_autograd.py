@@ -36,10 +36,10 @@ class Function(torch.autograd.Function):
     @classmethod
     def call(cls, tensors: Sequence[torch.Tensor | None], *options, outputs: int | None = None):
         """`apply`, by the shortest way that is right here. Of several results the first `outputs` are returned (1: without a tuple)."""
-        if torch.compiler.is_compiling():
-            return _first(outputs, cls.apply(*tensors, *options))
         if _op._forced_reference:
             return cls.reference(*tensors, *options)
+        if torch.compiler.is_compiling():
+            return _first(outputs, cls.apply(*tensors, *options))
         reason = _op.why_not(*tensors)
         if reason is not None:
             _op.fall_back(cls.op, reason)
