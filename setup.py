@@ -10,8 +10,9 @@ import os
 import platform
 import sys
 from glob import glob
+from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 os.chdir(ROOT)
@@ -62,7 +63,9 @@ def extension():
     sources += [f for f in sorted(glob("csrc/ops/*.cpp")) if not f.endswith("_cpu.cpp")]
     args = {"cxx": CXX, "nvcc": ["-O3"]}
     if not cuda_wanted():
-        return cpp_extension.CppExtension("fusegrad._C", sources, define_macros=define, extra_compile_args=args, extra_link_args=["-fopenmp"])
+        return cpp_extension.CppExtension(
+            "fusegrad._C", sources, define_macros=define, extra_compile_args=args, extra_link_args=["-fopenmp"]
+        )
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", arch_list())
     say(f"CUDA architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
     define.append(("FUSEGRAD_HAS_CUDA", None))
@@ -98,10 +101,9 @@ def write_build_info():
     """What the binary is for, so that the import can say so instead of failing in the dynamic linker."""
     text = f'"""Written by setup.py."""\n\nTORCH = "{torch.__version__}"\nCUDA = {torch.version.cuda!r}\n'
     text += f"VARIANTS = {tuple(name.lower() for name, _ in VARIANTS.values())!r}\n"
-    path = os.path.join("python", "fusegrad", "_build_info.py")
-    if not os.path.exists(path) or open(path).read() != text:
-        with open(path, "w") as f:
-            f.write(text)
+    path = Path("python/fusegrad/_build_info.py")
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 if torch is not None:
@@ -113,6 +115,8 @@ if torch is not None:
 elif any(command in sys.argv for command in ("egg_info", "dist_info", "sdist", "clean")):
     ext_modules, cmdclass = [], {}
 else:
-    sys.exit("fusegrad: torch must be installed first, and seen by the build: pip install torch==2.13.0 && pip install --no-build-isolation .")
+    sys.exit(
+        "fusegrad: torch must be installed first, and seen by the build: pip install torch==2.13.0 && pip install --no-build-isolation ."
+    )
 
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -6,16 +6,18 @@
 #include "host/run.h"
 #include "ops/ops.h"
 
-#define FUSEGRAD_OPS(_)                                                                                                           \
-  _(rms_norm_fwd, "(Tensor x, Tensor? w, int dims, float eps, float offset, bool cast_first) -> (Tensor, Tensor)")                \
-  _(rms_norm_bwd, "(Tensor dy, Tensor x, Tensor? w, Tensor rstd, int dims, float offset, bool[2] needed) -> (Tensor, Tensor)")    \
-  _(swiglu_fwd, "(Tensor gate, Tensor? up, int dim) -> Tensor")                                                                   \
-  _(swiglu_bwd, "(Tensor dy, Tensor gate, Tensor? up, int dim, bool[2] needed) -> (Tensor, Tensor)")                              \
-  _(cross_entropy_fwd, "(Tensor x, Tensor target, Tensor? w, Tensor? num_items, int ignore_index, float smoothing, float z_loss," \
-                       " float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide, bool return_lse)"       \
-                       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)")                                                            \
-  _(cross_entropy_bwd, "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? w, Tensor top, Tensor log_sum,"            \
-                       " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")
+#define FUSEGRAD_OPS(_)                                                                                                            \
+  _(rms_norm_fwd, "(Tensor x, Tensor? w, int dims, float eps, float offset, bool cast_first) -> (Tensor, Tensor)")                 \
+  _(rms_norm_bwd, "(Tensor dy, Tensor x, Tensor? w, Tensor rstd, int dims, float offset, bool[2] needed) -> (Tensor, Tensor)")     \
+  _(swiglu_fwd, "(Tensor gate, Tensor? up, int dim) -> Tensor")                                                                    \
+  _(swiglu_bwd, "(Tensor dy, Tensor gate, Tensor? up, int dim, bool[2] needed) -> (Tensor, Tensor)")                               \
+  _(cross_entropy_fwd,                                                                                                             \
+    "(Tensor x, Tensor target, Tensor? w, Tensor? num_items, int ignore_index, float smoothing, float z_loss,"                     \
+    " float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide, bool return_lse)"            \
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)")                                                                                \
+  _(cross_entropy_bwd,                                                                                                             \
+    "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? w, Tensor top, Tensor log_sum,"                                \
+    " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")
 
 // The library of torch.ops; the emulated build (tests/emulator) has its own. In two steps, so that the name is expanded.
 #ifndef FUSEGRAD_LIBRARY
@@ -35,9 +37,9 @@ using c10::DispatchKeySet;
 // that the host function can say so.
 const uint64_t kOrdinary =
     DispatchKeySet({c10::BackendComponent::CPUBit, c10::BackendComponent::CUDABit, c10::BackendComponent::MetaBit}).raw_repr() |
-    DispatchKeySet({DispatchKey::Dense, DispatchKey::Sparse, DispatchKey::SparseCsr, DispatchKey::Quantized, DispatchKey::NestedTensor,
-                    DispatchKey::MkldnnCPU, DispatchKey::AutogradFunctionality, DispatchKey::AutogradOther,
-                    DispatchKey::AutogradNestedTensor, DispatchKey::ADInplaceOrView})
+    DispatchKeySet({DispatchKey::Dense, DispatchKey::Sparse, DispatchKey::SparseCsr, DispatchKey::Quantized,
+                    DispatchKey::NestedTensor, DispatchKey::MkldnnCPU, DispatchKey::AutogradFunctionality,
+                    DispatchKey::AutogradOther, DispatchKey::AutogradNestedTensor, DispatchKey::ADInplaceOrView})
         .raw_repr() |
     c10::autocast_dispatch_keyset.raw_repr();
 const uint64_t kQuiet = c10::default_included_set.raw_repr() | c10::autocast_dispatch_keyset.raw_repr();
@@ -72,7 +74,8 @@ struct Gate<R (*)(Args...)> {
 
 template <class F>
 void bind(py::module_& m, const char* name, F function) {
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string(C10_STRINGIZE(FUSEGRAD_LIBRARY) "::") + name).c_str(), "");
+  const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow((std::string(C10_STRINGIZE(FUSEGRAD_LIBRARY) "::") + name).c_str(), "");
   m.def(name, Gate<F>{function, handle.typed<std::remove_pointer_t<F>>()}, py::call_guard<py::gil_scoped_release>());
 }
 
@@ -84,8 +87,8 @@ FUSEGRAD_TORCH_LIBRARY(FUSEGRAD_LIBRARY, m) {
   FUSEGRAD_OPS(FUSEGRAD_DEF)
 }
 #define FUSEGRAD_IMPL(name, schema) m.impl(#name, &fusegrad::name);
-FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CPU, m) { FUSEGRAD_OPS(FUSEGRAD_IMPL) }
-FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CUDA, m) { FUSEGRAD_OPS(FUSEGRAD_IMPL) }
+FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CPU, m){
+    FUSEGRAD_OPS(FUSEGRAD_IMPL)} FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CUDA, m){FUSEGRAD_OPS(FUSEGRAD_IMPL)}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::register_local_exception_translator([](std::exception_ptr e) {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from table import BF16, F16, F32, call, check, cotangents, run
 
 from fusegrad._op import OPS, Sample
 from fusegrad._samples import Make
+from table import BF16, F16, F32, call, check, cotangents, run
 
 DRAWS = 334  # × 3 dtypes: 1,000 an op
 

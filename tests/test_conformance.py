@@ -8,14 +8,32 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.testing
-from table import BF16, F16, F32, F64, PAIRS, call, cases, check, cotangents, diffable, draw, ids, name_of, names, run, subsets
-from table import tensors, with_grad
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 
 import fusegrad
 from fusegrad._op import OPS, Sample
 from fusegrad._samples import LAYOUTS, Make, lay_out
+from table import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    PAIRS,
+    call,
+    cases,
+    check,
+    cotangents,
+    diffable,
+    draw,
+    ids,
+    name_of,
+    names,
+    run,
+    subsets,
+    tensors,
+    with_grad,
+)
 
 ops = list(OPS.values())
 each_op = pytest.mark.parametrize("op", ops, ids=lambda op: op.name)
@@ -127,7 +145,9 @@ def test_like_torch(case):
     (y,) = call(op, sample)
     assert y.dtype == expected.dtype and y.shape == expected.shape
     eps = torch.finfo(y.dtype).eps
-    torch.testing.assert_close(y, expected, rtol=8 * eps, atol=8 * eps * max(1.0, expected.nan_to_num().abs().max().item() if y.numel() else 1), equal_nan=True)
+    torch.testing.assert_close(
+        y, expected, rtol=8 * eps, atol=8 * eps * max(1.0, expected.nan_to_num().abs().max().item() if y.numel() else 1), equal_nan=True
+    )
 
 
 # --- orders of derivative --------------------------------------------------------------------------------------------------------
@@ -293,7 +313,10 @@ def test_func_transforms(case):
     for a, b in zip(ours[-len(keys) :], plain):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     eps = 1e-6
-    numeric = [(a - b) / (2 * eps) for a, b in zip(f(*(v + eps * t for v, t in zip(values, tangents))), f(*(v - eps * t for v, t in zip(values, tangents))))]
+    numeric = [
+        (a - b) / (2 * eps)
+        for a, b in zip(f(*(v + eps * t for v, t in zip(values, tangents))), f(*(v - eps * t for v, t in zip(values, tangents))))
+    ]
     for a, b in zip(ours, numeric):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -414,7 +437,7 @@ def compile_and_compare(op, samples, **options):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grads = torch.autograd.grad(outputs, list(leaves.values()), cotangent)
         for (k, a), b in zip(run(op, sample, cotangent).items(), (*outputs, *grads)):
-            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda m: f"{k}: {m}")
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda m, k=k: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, silu
 
 COLS = [1, 2, 7, 8, 31, 32, 33, 64, 127, 128, 255, 256, 1000, 1024, 1025, 4096, 5000, 20000, 40000]
 ROWS = [0, 1, 3, 70]
-SHAPES = [(r, c) for r, c in itertools.product(ROWS, COLS) if r * c <= 400_000]
+SHAPES = [(r, c) for r, c in itertools.product(ROWS, COLS) if r * c <= 80_000]
 PAIRS = [("f64", "f64"), ("f32", "f32"), ("f16", "f16"), ("f16", "f32"), ("bf16", "bf16"), ("bf16", "f32")]
 DTYPE = dict(f64=torch.float64, f32=torch.float32, f16=torch.float16, bf16=torch.bfloat16)
 LAYOUTS = ["dense", "offset", "padded", "strided", "expanded", "transposed", "middle"]
@@ -74,7 +74,7 @@ def test_emulated_rms_norm(C, layout):
         v = torch.ones(cols, dtype=a.dtype) if w is None else w.double() + 0.5
         r = torch.rsqrt(a.square().mean(1, keepdim=True) + 1e-5)
         close(y, a * r * v, T)
-        close(rstd, r[:, 0], torch.float64 if T == torch.float64 else torch.float32)
+        close(rstd, r[:, 0], T if T.itemsize == 8 else torch.float32)
         close(dx, r * g * v - a * r**3 * (a * g * v).mean(1, keepdim=True), T, 256, r * g * v)
         if dw is not None:
             close(dw, (g * a * r).sum(0), T if w is None else P, 256)
@@ -130,10 +130,11 @@ def test_emulated_cross_entropy(C, layout):
         z = a * scale
         z = softcap * torch.tanh(z / softcap) if softcap else z
         keep = target.flatten() != -100
-        want = cross_entropy(
-            z, target.flatten(), None if w is None else w.double(), reduction="none", label_smoothing=smoothing
-        ) + z_loss * keep * z.logsumexp(1).square()
-        wide = torch.float64 if T == torch.float64 else torch.float32
+        want = (
+            cross_entropy(z, target.flatten(), None if w is None else w.double(), reduction="none", label_smoothing=smoothing)
+            + z_loss * keep * z.logsumexp(1).square()
+        )
+        wide = T if T.itemsize == 8 else torch.float32
         close(loss.flatten(), want.detach(), wide)
         close(lse.flatten(), (z.logsumexp(1) * keep).detach(), wide)
         dloss, dlse = (torch.randn(target.shape, generator=generator, dtype=wide) for _ in range(2))

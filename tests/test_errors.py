@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a case a line)
 """Bad input: an error of torch's type that names op, argument, expectation and fact; and what torch accepts is accepted."""
 
 import re
@@ -72,7 +73,7 @@ def test_layouts_that_no_kernel_takes(call, kind):
         csr=lambda: x.to_sparse_csr(),
         mkldnn=lambda: x.to_mkldnn(),
     )
-    with pytest.raises((RuntimeError, TypeError), match=f"dense tensor|no kernel"):
+    with pytest.raises((RuntimeError, TypeError), match="dense tensor|no kernel"):
         call(make[kind]())
 
 
@@ -131,5 +132,7 @@ def test_unknown_capability(variable, text):
     import sys
 
     code = "import torch, fusegrad; fusegrad.functional.swiglu(torch.ones(2, 2))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FUSEGRAD_CPU_CAPABILITY": variable}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FUSEGRAD_CPU_CAPABILITY": variable}, capture_output=True, text=True
+    )
     assert done.returncode and text in done.stderr and "got sse9" in done.stderr

@@ -12,8 +12,8 @@
 // Shared memory is declared by these two, so that the emulator (tests/emulator) can watch over it.
 #ifndef FUSEGRAD_SHARED
 #define FUSEGRAD_SHARED(type, name, count) __shared__ type name[count]
-#define FUSEGRAD_DYNAMIC_SHARED(type, name)               \
-  extern __shared__ __align__(16) unsigned char dynamic_[]; \
+#define FUSEGRAD_DYNAMIC_SHARED(type, name)                                                                                        \
+  extern __shared__ __align__(16) unsigned char dynamic_[];                                                                        \
   type* const name = reinterpret_cast<type*>(dynamic_)
 #endif
 

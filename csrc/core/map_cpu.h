@@ -85,8 +85,8 @@ struct MapOnCpu {
 }  // namespace
 }  // namespace fusegrad
 
-#define FUSEGRAD_MAP(Op)                                                                           \
-  namespace fusegrad {                                                                             \
-  template <>                                                                                      \
-  const Kernel<MapArgs<Op>> Kernels<MapArgs<Op>, FUSEGRAD_VARIANT>::entry = {MapOnCpu<Op>::launch, nullptr}; \
+#define FUSEGRAD_MAP(Op)                                                                                                           \
+  namespace fusegrad {                                                                                                             \
+  template <>                                                                                                                      \
+  const Kernel<MapArgs<Op>> Kernels<MapArgs<Op>, FUSEGRAD_VARIANT>::entry = {MapOnCpu<Op>::launch, nullptr};                       \
   }

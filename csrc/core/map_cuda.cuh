@@ -106,8 +106,8 @@ struct MapOnCuda {
 }  // namespace
 }  // namespace fusegrad
 
-#define FUSEGRAD_MAP(Op)                                                                                \
-  namespace fusegrad {                                                                                  \
-  template <>                                                                                           \
-  const Kernel<MapArgs<Op>> Kernels<MapArgs<Op>, kCuda>::entry = {MapOnCuda<Op>::launch, nullptr}; \
+#define FUSEGRAD_MAP(Op)                                                                                                           \
+  namespace fusegrad {                                                                                                             \
+  template <>                                                                                                                      \
+  const Kernel<MapArgs<Op>> Kernels<MapArgs<Op>, kCuda>::entry = {MapOnCuda<Op>::launch, nullptr};                                 \
   }

@@ -112,7 +112,7 @@ FUSEGRAD_FN Vec<float> exp(Vec<float> a) {
   return a.exp();  // without vector instructions of its own the library's is faster
 #else
   using V = Vec<float>;
-  const V magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  const V magic(12582912.0f);                   // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
   a = at::vec::clamp(a, V(-104.0f), V(89.0f));  // beyond these the result is 0 or infinity; NaN stays
   const V n = at::vec::fmadd(a, V(1.44269502f), magic) - magic;
   V r = at::vec::fmadd(n, V(-0.693359375f), a);  // exact: few bits in each factor
@@ -127,9 +127,7 @@ FUSEGRAD_FN Vec<float> exp(Vec<float> a) {
 #else
   // In two steps, as 2^n alone may lie outside the normal numbers where the result does not.
   const V half = at::vec::fmadd(n, V(0.5f), magic) - magic;
-  const auto power = [&](V k) {
-    return at::vec::cast<float>(at::vec::cast<int32_t>(k + (magic + V(127.0f))) << Vec<int32_t>(23));
-  };
+  const auto power = [&](V k) { return at::vec::cast<float>(at::vec::cast<int32_t>(k + (magic + V(127.0f))) << Vec<int32_t>(23)); };
   return p * power(half) * power(n - half);
 #endif
 #endif

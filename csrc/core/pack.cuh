@@ -14,13 +14,21 @@ namespace {
 template <int bytes>
 struct BitsOf;
 template <>
-struct BitsOf<2> { using Type = unsigned short; };
+struct BitsOf<2> {
+  using Type = unsigned short;
+};
 template <>
-struct BitsOf<4> { using Type = unsigned int; };
+struct BitsOf<4> {
+  using Type = unsigned int;
+};
 template <>
-struct BitsOf<8> { using Type = unsigned long long; };
+struct BitsOf<8> {
+  using Type = unsigned long long;
+};
 template <>
-struct BitsOf<16> { using Type = uint4; };
+struct BitsOf<16> {
+  using Type = uint4;
+};
 template <class T, int n>
 using Bits = typename BitsOf<n * sizeof(T) < 16 ? n * sizeof(T) : 16>::Type;
 
@@ -68,9 +76,9 @@ inline bool in_packs(const View& v, const Extent& extent, int n) {
   return yes;
 }
 
-constexpr int kMaxTeam = 512;      // threads on a row; 512 can have 128 registers each
-constexpr int kBlock = 128;        // threads in a block of smaller teams
-constexpr int kBlocksPerSM = 64;   // of a grid that is larger than that: several times what is resident at once
+constexpr int kMaxTeam = 512;     // threads on a row; 512 can have 128 registers each
+constexpr int kBlock = 128;       // threads in a block of smaller teams
+constexpr int kBlocksPerSM = 64;  // of a grid that is larger than that: several times what is resident at once
 
 // How a row is dealt to threads: in tiles of K packs for each thread of its team.
 struct Split {

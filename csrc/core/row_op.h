@@ -129,9 +129,7 @@ struct At {
     const View& v = args.in[i];
     return S(static_cast<const T*>(v.data)[args.extent.offset(v, r) + c * v.col]);
   }
-  FUSEGRAD_FN S p(int i, int64_t c) const {
-    return args.param[i] ? S(static_cast<const P*>(args.param[i])[c]) : S(Op::absent);
-  }
+  FUSEGRAD_FN S p(int i, int64_t c) const { return args.param[i] ? S(static_cast<const P*>(args.param[i])[c]) : S(Op::absent); }
   FUSEGRAD_FN int64_t index(int i) const {
     const View& v = args.index[i];
     return static_cast<const int64_t*>(v.data)[args.extent.offset(v, r)];

@@ -21,7 +21,8 @@ class RowsCpu {
   using Row = typename Op::template Row<S>;
   static constexpr int W = Lanes<A>::count;
   static constexpr int kChunk = kStep<A>;
-  // A tensor whose columns are apart is gathered this many rows at a time: for a transposed one that is a cache line of each column.
+  // A tensor whose columns are apart is gathered this many rows at a time: for a transposed one that is a cache line of each
+  // column.
   static constexpr int64_t kBlock = 64 / sizeof(T);
 
  public:
@@ -240,9 +241,8 @@ struct RowsOnCpu {
 }  // namespace
 }  // namespace fusegrad
 
-#define FUSEGRAD_ROWS(Op)                                                                        \
-  namespace fusegrad {                                                                           \
-  template <>                                                                                    \
-  const Kernel<RowArgs<Op>> Kernels<RowArgs<Op>, FUSEGRAD_VARIANT>::entry = {                    \
-      RowsOnCpu<Op>::launch, RowsOnCpu<Op>::slices};                                             \
+#define FUSEGRAD_ROWS(Op)                                                                                                          \
+  namespace fusegrad {                                                                                                             \
+  template <>                                                                                                                      \
+  const Kernel<RowArgs<Op>> Kernels<RowArgs<Op>, FUSEGRAD_VARIANT>::entry = {RowsOnCpu<Op>::launch, RowsOnCpu<Op>::slices};        \
   }

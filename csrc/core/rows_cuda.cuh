@@ -1,5 +1,6 @@
-// Runs a row op on a GPU: a team of threads takes a row, see Split. One tile of the row stays in registers, and the walks over the
-// tiles go forward and backward in turn: a row of one tile is read once, and of a longer one that is read first which was read last.
+// Runs a row op on a GPU: a team of threads takes a row, see Split. One tile of the row stays in registers, and the walks over
+// the tiles go forward and backward in turn: a row of one tile is read once, and a longer one is read again from where the last
+// walk ended, which is still in registers or in a cache.
 // For sums over the rows each block adds up the rows it takes, and a second kernel adds up the blocks: the same order every time.
 #pragma once
 
@@ -332,10 +333,10 @@ class RowsCuda {
   }
 };
 
-// The sums over the blocks: a warp takes every 16th of them for 32 columns, and the first warp adds up the warps.
+// The sums over the blocks: the warps of a block share them out for 32 columns, and the first warp adds up the warps.
 template <class Op, class S, class P>
 struct AddSlices {
-  static constexpr int kWarps = 16, kMaxThreads = 32 * kWarps;
+  static constexpr int kMaxThreads = 512;
   struct Args {
     const S* partial;  // [col_out, slices, cols]
     void* y[at_least_one(Op::col_out)];
@@ -344,6 +345,7 @@ struct AddSlices {
 
   static __device__ __forceinline__ void run(const Args& a) {
     FUSEGRAD_SHARED(S, parts, kMaxThreads);
+    const int warps = blockDim.x / 32;
     const int64_t i = blockIdx.x / a.groups, c = (blockIdx.x - i * a.groups) * 32 + threadIdx.x % 32;
     P* const y = static_cast<P*>(a.y[i]);
     const bool mine = y && c < a.cols;
@@ -351,15 +353,16 @@ struct AddSlices {
     S sum = S(0);
     if (mine) {
 #pragma unroll 8
-      for (int64_t s = threadIdx.x / 32; s < a.slices; s += kWarps) sum += __ldg(from + s * a.cols);
+      for (int64_t s = threadIdx.x / 32; s < a.slices; s += warps) sum += __ldg(from + s * a.cols);
     }
     parts[threadIdx.x] = sum;
     __syncthreads();
     if (!mine || threadIdx.x >= 32) return;
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += parts[w * 32 + threadIdx.x];
+    for (int w = 1; w < warps; ++w) sum += parts[w * 32 + threadIdx.x];
     y[c] = P(sum);
   }
+  // Eight slices are loaded at a time.
+  static int threads(int64_t slices) { return int(std::clamp<int64_t>((slices + 7) / 8 * 32, 32, kMaxThreads)); }
 };
 
 template <class Op>
@@ -380,15 +383,14 @@ class RowsOnCuda {
       const Split split = Program::split_of(args);
       const bool sums = args.sums_columns();
       const int64_t blocks = std::min<int64_t>(Program::groups(args, split), int64_t(kBlocksPerSM) * multiprocessors());
-      if (args.extent.rows > 0)
-        fusegrad::launch<Program>(sums ? args.slices : blocks, split.threads, stream, {args, split});
+      if (args.extent.rows > 0) fusegrad::launch<Program>(sums ? args.slices : blocks, split.threads, stream, {args, split});
       if constexpr (Op::col_out > 0) {
         if (!sums || args.extent.cols == 0) return;
         using Add = AddSlices<Op, Acc<decltype(t)>, decltype(p)>;
-        typename Add::Args add{static_cast<const Acc<decltype(t)>*>(args.partial), {}, args.slices, args.extent.cols,
-                               (args.extent.cols + 31) / 32};
+        typename Add::Args add{
+            static_cast<const Acc<decltype(t)>*>(args.partial), {}, args.slices, args.extent.cols, (args.extent.cols + 31) / 32};
         for (int i = 0; i < Op::col_out; ++i) add.y[i] = args.col_out[i];
-        fusegrad::launch<Add>(Op::col_out * add.groups, Add::kMaxThreads, stream, add);
+        fusegrad::launch<Add>(Op::col_out * add.groups, Add::threads(args.slices), stream, add);
       }
     });
   }
@@ -408,8 +410,8 @@ class RowsOnCuda {
 }  // namespace
 }  // namespace fusegrad
 
-#define FUSEGRAD_ROWS(Op)                                                                                           \
-  namespace fusegrad {                                                                                              \
-  template <>                                                                                                       \
-  const Kernel<RowArgs<Op>> Kernels<RowArgs<Op>, kCuda>::entry = {RowsOnCuda<Op>::launch, RowsOnCuda<Op>::slices}; \
+#define FUSEGRAD_ROWS(Op)                                                                                                          \
+  namespace fusegrad {                                                                                                             \
+  template <>                                                                                                                      \
+  const Kernel<RowArgs<Op>> Kernels<RowArgs<Op>, kCuda>::entry = {RowsOnCuda<Op>::launch, RowsOnCuda<Op>::slices};                 \
   }

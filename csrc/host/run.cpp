@@ -36,7 +36,8 @@ Variant choose_variant() {
     if (std::string(wish) == kNames[v]) return Variant(v);
     known += (v ? ", " : "") + std::string(kNames[v]);
   }
-  TORCH_CHECK_VALUE(false, "fusegrad: FUSEGRAD_CPU_CAPABILITY must be one of ", known, " on this CPU and in this build, got ", wish);
+  TORCH_CHECK_VALUE(false, "fusegrad: FUSEGRAD_CPU_CAPABILITY must be one of ", known, " on this CPU and in this build, got ",
+                    wish);
 }
 
 }  // namespace

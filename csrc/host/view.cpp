@@ -15,14 +15,16 @@ DType dtype(const char* op, const Tensor& t, const char* name) {
     case at::kFloat: return DType::f32;
     case at::kHalf: return DType::f16;
     case at::kBFloat16: return DType::bf16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " must be float64, float32, float16 or bfloat16, got ", t.scalar_type());
+    default: TORCH_CHECK_TYPE(false, op, ": ", name, " must be float64, float32, float16 or bfloat16, got ", t.scalar_type());
   }
 }
 
 const Tensor& dense(const char* op, const Tensor& t, const char* name) {
   TORCH_CHECK(t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized() && t.has_storage(), op, ": ", name,
-              " must be a dense tensor, got ", t.is_nested() ? "a nested" : t.is_quantized() ? "a quantized" : "a",
+              " must be a dense tensor, got ",
+              t.is_nested()      ? "a nested"
+              : t.is_quantized() ? "a quantized"
+                                 : "a",
               " tensor of layout ", t.layout());
   return t;
 }
@@ -167,8 +169,7 @@ bool Frame::try_join(Extent& extent) {
     const int64_t size = row_sizes_[d];
     if (size == 1) continue;
     bool with_last = dims > 0;
-    for (size_t i = 0; with_last && i < entries_.size(); ++i)
-      with_last = joined[i].back() == entries_[i].strides[d] * size;
+    for (size_t i = 0; with_last && i < entries_.size(); ++i) with_last = joined[i].back() == entries_[i].strides[d] * size;
     for (size_t i = 0; i < entries_.size(); ++i) {
       if (!with_last) joined[i].push_back(0);
       joined[i].back() = entries_[i].strides[d];

@@ -49,7 +49,7 @@ class Frame {
  private:
   struct Entry {
     View* view;
-    Tensor tensor;  // kept alive until the kernel has been launched
+    Tensor tensor;          // kept alive until the kernel has been launched
     at::DimVector strides;  // of the rows' dimensions
     bool out = false;
     int64_t start = 0;

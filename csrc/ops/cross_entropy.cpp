@@ -33,9 +33,9 @@ OptTensor weight_sum(const Frame& frame, const OptTensor& w, double smoothing) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
-    const Tensor& x,       // [N, C, *] or [C]
-    const Tensor& target,  // [N, *] or []
-    const OptTensor& w,    // [C]
+    const Tensor& x,             // [N, C, *] or [C]
+    const Tensor& target,        // [N, *] or []
+    const OptTensor& w,          // [C]
     const OptTensor& num_items,  // []
     int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale,
     bool reduce,         // to one number: the sum, or
@@ -76,16 +76,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   return {loss.to(out_type), given(lse) ? lse.to(out_type) : lse, top, log_sum, divisor};
 }
 
-Tensor cross_entropy_bwd(
-    const OptTensor& dloss,    // [] or [N, *]
-    const OptTensor& dlse,     // [N, *]
-    const Tensor& x,           // [N, C, *] or [C]
-    const Tensor& target,      // [N, *] or []
-    const OptTensor& w,        // [C]
-    const Tensor& top,         // [N, *]
-    const Tensor& log_sum,     // [N, *]
-    const OptTensor& divisor,  // []
-    int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale) {
+Tensor cross_entropy_bwd(const OptTensor& dloss,    // [] or [N, *]
+                         const OptTensor& dlse,     // [N, *]
+                         const Tensor& x,           // [N, C, *] or [C]
+                         const Tensor& target,      // [N, *] or []
+                         const OptTensor& w,        // [C]
+                         const Tensor& top,         // [N, *]
+                         const Tensor& log_sum,     // [N, *]
+                         const OptTensor& divisor,  // []
+                         int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale) {
   RECORD_FUNCTION("fusegrad::cross_entropy_bwd", {});
   using B = CrossEntropyBwd;
   Frame frame = classes("cross_entropy backward", x);

@@ -6,8 +6,8 @@
 // Never lse - z_t: a large top would swallow the digits of log_sum. For the same reason both parts are kept for the backward,
 // with p = exp((z - top) - log_sum), W = sum_c(w_c) and g the gradient of the loss:
 //
-//   dz_c = p_c (g ((1 - smoothing) w_t + smoothing / C W + 2 z_loss lse) + dlse) - g smoothing / C w_c - [c = t] g (1 - smoothing) w_t
-//   dx_c = dz_c scale (1 - (z_c / cap)^2)
+//   dz_c = p_c (g ((1 - smoothing) w_t + smoothing / C W + 2 z_loss lse) + dlse) - g smoothing / C w_c - [c = t] g (1 - smoothing)
+//   w_t dx_c = dz_c scale (1 - (z_c / cap)^2)
 //
 // A row with the label ignore_index is not read: its loss, lse and gradient are 0. A label outside [0, C) makes them NaN (on the
 // CPU the host function raises first). Smoothing: Szegedy et al. 2016, arXiv:1512.00567; z_loss: Chowdhery et al. 2022,
@@ -128,8 +128,8 @@ struct CrossEntropyBwd : RowOp {
     row.log_sum = at.scalar(kLogSum);
     row.of_w = g * S(o.smoothing) / cols;
     row.of_target = label ? g * (S(1) - S(o.smoothing)) * at.p(kW, row.target) : std::numeric_limits<S>::quiet_NaN();
-    row.of_p = row.of_target + row.of_w * at.scalar(kWeightSum, cols) +
-               g * S(2 * o.z_loss) * (row.top + row.log_sum) + at.scalar(kDLse);
+    row.of_p =
+        row.of_target + row.of_w * at.scalar(kWeightSum, cols) + g * S(2 * o.z_loss) * (row.top + row.log_sum) + at.scalar(kDLse);
   }
   template <class R>
   FUSEGRAD_FN bool skip(const R& row) const {

@@ -8,7 +8,8 @@
 
 namespace fusegrad {
 
-std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const OptTensor& w, int64_t dims, double eps, double offset, bool cast_first);
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const OptTensor& w, int64_t dims, double eps, double offset,
+                                        bool cast_first);
 std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const Tensor& rstd, int64_t dims,
                                         double offset, std::array<bool, 2> needed);
 
@@ -17,10 +18,12 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy, const Tensor& gate, cons
                                       std::array<bool, 2> needed);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& x, const Tensor& target, const OptTensor& w,
-    const OptTensor& num_items, int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale, bool reduce, bool mean, double items,
-    bool empty_is_zero, bool wide, bool return_lse);
+                                                                     const OptTensor& num_items, int64_t ignore_index,
+                                                                     double smoothing, double z_loss, double softcap, double scale,
+                                                                     bool reduce, bool mean, double items, bool empty_is_zero,
+                                                                     bool wide, bool return_lse);
 Tensor cross_entropy_bwd(const OptTensor& dloss, const OptTensor& dlse, const Tensor& x, const Tensor& target, const OptTensor& w,
-    const Tensor& top, const Tensor& log_sum, const OptTensor& divisor, int64_t ignore_index, double smoothing, double z_loss,
-    double softcap, double scale);
+                         const Tensor& top, const Tensor& log_sum, const OptTensor& divisor, int64_t ignore_index, double smoothing,
+                         double z_loss, double softcap, double scale);
 
 }  // namespace fusegrad

@@ -5,10 +5,9 @@
 
 namespace fusegrad {
 
-std::tuple<Tensor, Tensor> rms_norm_fwd(
-    const Tensor& x,     // [*, normalized dims]
-    const OptTensor& w,  // [normalized dims]
-    int64_t dims, double eps, double offset, bool cast_first) {
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x,     // [*, normalized dims]
+                                        const OptTensor& w,  // [normalized dims]
+                                        int64_t dims, double eps, double offset, bool cast_first) {
   RECORD_FUNCTION("fusegrad::rms_norm_fwd", {});
   Frame frame("rms_norm", x, "input", x.dim() - dims, x.dim());
   RowArgs<RMSNormFwd> args{{{}, eps, given(w) ? offset : 0, cast_first}};
@@ -21,12 +20,11 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(
-    const Tensor& dy,    // [*, normalized dims]
-    const Tensor& x,     // [*, normalized dims]
-    const OptTensor& w,  // [normalized dims]
-    const Tensor& rstd,  // [*]
-    int64_t dims, double offset, std::array<bool, 2> needed) {
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy,    // [*, normalized dims]
+                                        const Tensor& x,     // [*, normalized dims]
+                                        const OptTensor& w,  // [normalized dims]
+                                        const Tensor& rstd,  // [*]
+                                        int64_t dims, double offset, std::array<bool, 2> needed) {
   RECORD_FUNCTION("fusegrad::rms_norm_bwd", {});
   Frame frame("rms_norm backward", x, "input", x.dim() - dims, x.dim());
   RowArgs<RMSNormBwd> args{{{}, given(w) ? offset : 0}};

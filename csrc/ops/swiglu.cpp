@@ -16,10 +16,9 @@ Tensor empty_as(const Tensor& like) {
 
 }  // namespace
 
-Tensor swiglu_fwd(
-    const Tensor& gate,   // [*], or [*, 2 n, *] with both halves if up is not given
-    const OptTensor& up,  // [*]
-    int64_t dim) {
+Tensor swiglu_fwd(const Tensor& gate,   // [*], or [*, 2 n, *] with both halves if up is not given
+                  const OptTensor& up,  // [*]
+                  int64_t dim) {
   RECORD_FUNCTION("fusegrad::swiglu_fwd", {});
   const bool packed = !given(up);
   Frame frame = Frame::flat("swiglu", gate, packed ? "input" : "gate", dim, packed ? 2 : 1);
@@ -34,11 +33,10 @@ Tensor swiglu_fwd(
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_bwd(
-    const Tensor& dy,     // [*]
-    const Tensor& gate,   // [*], or [*, 2 n, *]
-    const OptTensor& up,  // [*]
-    int64_t dim, std::array<bool, 2> needed) {
+std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy,     // [*]
+                                      const Tensor& gate,   // [*], or [*, 2 n, *]
+                                      const OptTensor& up,  // [*]
+                                      int64_t dim, std::array<bool, 2> needed) {
   RECORD_FUNCTION("fusegrad::swiglu_bwd", {});
   const bool packed = !given(up);
   Frame frame = Frame::flat("swiglu backward", gate, packed ? "input" : "gate", dim, packed ? 2 : 1);

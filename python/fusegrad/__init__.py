@@ -1,6 +1,6 @@
 """Fused training layers for PyTorch: forward and backward kernels for CPU and CUDA that keep the whole autograd contract."""
 
-from . import _load  # noqa: F401  (before anything that needs the compiled part: says what is wrong if it cannot be had)
+from . import _load  # noqa: F401, I001  before anything that needs the compiled part: says what is wrong if it cannot be had
 from . import functional, nn
 from ._op import reset_stats, stats, strict, use_reference, why_not
 

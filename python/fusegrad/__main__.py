@@ -5,7 +5,7 @@ import argparse
 import torch
 
 import fusegrad
-from fusegrad import _build_info, _C
+from fusegrad import _C, _build_info
 from fusegrad._op import KERNEL_DEVICES, OPS
 
 

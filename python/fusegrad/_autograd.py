@@ -81,7 +81,8 @@ def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[to
     _op.count(fn.op, "the backward is differentiated")
     create_graph = torch.is_grad_enabled()
     needed = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+    device = inputs[0].device.type
+    with torch.enable_grad(), torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
         # A view of each: the same tensor may be given twice, and each place has its own gradient.
         inputs = [t.view_as(t) if i in needed else t for i, t in enumerate(inputs)]
         outputs = fn.reference(*inputs, *ctx.options)

@@ -122,7 +122,8 @@ def cross_entropy(
         z_loss: factor of the squared log-partition function (PaLM uses 1e-4).
         logit_softcap: bound of the logits (Gemma 2 uses 30).
         logit_scale: factor of the logits, before the soft cap.
-        num_items: divisor of "mean" instead, a number or a scalar tensor (a constant: no gradient), so that accumulated micro-batches add up to the gradient of one big batch.
+        num_items: divisor of "mean" instead, a number or a scalar tensor (a constant: no gradient), so that accumulated
+            micro-batches add up to the gradient of one big batch.
         return_lse: also return the log-partition function of every item, `target`'s shape; gradients flow through it.
         empty: "nan" or "zero": the mean over no item at all.
 
@@ -139,7 +140,7 @@ def cross_entropy(
 
         z = input.float() * logit_scale
         z = logit_softcap * torch.tanh(z / logit_softcap) if logit_softcap else z
-        loss = torch.nn.functional.cross_entropy(z, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        y = torch.nn.functional.cross_entropy(z, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
     Sources: Szegedy et al. 2016, arXiv:1512.00567 (smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss); Gemma 2,
     arXiv:2408.00118 (soft cap).
@@ -271,7 +272,9 @@ def _saved_bytes(kwargs):
     return x.nbytes + target.nbytes + (0 if w is None else w.nbytes) + 2 * target.numel() * width + divisor
 
 
-def _like_torch(input, target, weight=None, *, return_lse=False, z_loss=0, num_items=None, logit_softcap=None, logit_scale=1, empty="nan", **kwargs):
+def _like_torch(
+    input, target, weight=None, *, return_lse=False, z_loss=0, num_items=None, logit_softcap=None, logit_scale=1, empty="nan", **kwargs
+):
     """`torch.nn.functional.cross_entropy` where the options are its own; None where they are not."""
     if (return_lse, z_loss, num_items, logit_softcap, logit_scale, empty) == (False, 0, None, None, 1, "nan"):
         return F.cross_entropy(input, target, weight, **kwargs)

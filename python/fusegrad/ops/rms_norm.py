@@ -95,6 +95,7 @@ def rms_norm(
 
     Equivalent eager code::
 
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
         x = input.float()
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         y = (y * (weight.float() + weight_offset)).to(input.dtype)
@@ -159,7 +160,9 @@ def _samples(make):
     yield Sample("llama_gemma", dict(input=make(3, 50, layout="column_strided"), normalized_shape=(50,), weight=make.param(50),
                                      weight_offset=0.5, cast_order="llama", eps=1e-4))  # fmt: skip
     yield Sample("transposed", dict(input=make(19, 35, layout="transposed"), normalized_shape=(35,), weight=make.param(35)))
-    yield Sample("expanded", dict(input=make(6, 66, layout="expanded"), normalized_shape=(66,), weight=make.param(66, layout="column_strided")))
+    yield Sample(
+        "expanded", dict(input=make(6, 66, layout="expanded"), normalized_shape=(66,), weight=make.param(66, layout="column_strided"))
+    )
     yield Sample("offset", dict(input=make(4, 2, 31, layout="offset"), normalized_shape=(31,), weight=make.param(31), eps=1.0))
     yield Sample("packed_heads", dict(input=make(2, 3, 5, 48, layout="packed_heads"), normalized_shape=(48,), weight=make.param(48)))
     yield Sample("no_rows", dict(input=make(0, 16), normalized_shape=(16,), weight=make.param(16)))

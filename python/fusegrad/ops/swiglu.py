@@ -76,7 +76,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
 
     Equivalent eager code::
 
-        gate, up = input.chunk(2, dim)
+        gate, up = gate.chunk(2, dim) if up is None else (gate, up)
         y = (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
 
     Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202.
