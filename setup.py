@@ -77,6 +77,11 @@ def build_extension():
     class Build(cpp_extension.BuildExtension):
         """Compiles the `_cpu.cpp` files once per variant and links all of them."""
 
+        def finalize_options(self):
+            super().finalize_options()
+            # pip would build an editable installation in a temporary folder, from scratch each time.
+            self.build_temp = os.path.join(ROOT, "build", f"temp-{torch.__version__}-{sys.implementation.cache_tag}")
+
         def build_extension(self, ext):
             sources = sorted(glob("csrc/ops/*_cpu.cpp"))
             include = [*ext.include_dirs, *cpp_extension.include_paths()]

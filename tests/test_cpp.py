@@ -24,6 +24,7 @@ def run(*command):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitize", ["OFF", "ON"])
 def test_cpp(sanitize):
     build = "build/cmake-sanitize" if sanitize == "ON" else "build/cmake"

@@ -40,9 +40,8 @@ const Kernel<Args>& kernel_for(const char* op, const at::Device& device) {
 }
 
 template <class Args>
-void launch(const Frame& frame, const Kernel<Args>& kernel, Args& args) {
+void launch(const Frame& frame, const Kernel<Args>& kernel, const Args& args) {
   const at::Device device = frame.main().device();
-  const c10::OptionalDeviceGuard guard(device);
   void* stream = device.is_cpu() ? nullptr : c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   kernel.launch(args, stream);
 }
@@ -51,6 +50,7 @@ template <class Op>
 void run(Frame& frame, RowArgs<Op>& args) {
   frame.finish(args.extent);
   args.rows = frame.type(), args.params = frame.param_type();
+  const c10::OptionalDeviceGuard guard(frame.main().device());
   const auto& kernel = kernel_for<RowArgs<Op>>(frame.op(), frame.main().device());
   if (args.extent.rows == 0 && !args.sums_columns()) return;
   Tensor workspace;
@@ -67,6 +67,7 @@ void run(Frame& frame, MapArgs<Op>& args) {
   frame.finish(args.extent);
   args.rows = frame.type();
   if (args.extent.rows * args.extent.cols == 0) return;
+  const c10::OptionalDeviceGuard guard(frame.main().device());
   launch(frame, kernel_for<MapArgs<Op>>(frame.op(), frame.main().device()), args);
 }
 

@@ -15,6 +15,9 @@ DTYPE = dict(f64=torch.float64, f32=torch.float32, f16=torch.float16, bf16=torch
 LAYOUTS = ["dense", "offset", "padded", "strided", "expanded", "transposed", "middle"]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def C():
     return build.extension()
