@@ -1,5 +1,9 @@
 #include "view.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -45,6 +49,19 @@ bool column_stride(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t first
 }
 
 }  // namespace
+
+Tensor in_large_pages(Tensor fresh) {
+#if defined(__linux__)
+  // From 8 MB on: smaller blocks are recycled by malloc, and are in place already.
+  if (fresh.is_cpu() && fresh.nbytes() >= (8u << 20)) {
+    constexpr uintptr_t page = 2u << 20;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
+    const uintptr_t first = (start + page - 1) & ~(page - 1), last = (start + fresh.nbytes()) & ~(page - 1);
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: no matter if refused
+  }
+#endif
+  return fresh;
+}
 
 Frame::Frame(const char* op, const Tensor& main, const char* name, int64_t first, int64_t last)
     : op_(op), main_(dense(op, main, name)), first_(first), last_(last), sizes_(main.sizes()) {
@@ -135,7 +152,7 @@ const void* Frame::params(const OptTensor& tensor, const char* name) {
 }
 
 Tensor Frame::empty_rows() const {
-  if (last_ == main_.dim()) return at::empty(sizes_, main_.options());
+  if (last_ == main_.dim()) return in_large_pages(at::empty(sizes_, main_.options()));
   // Memory order: the rows' dimensions, then the columns'.
   at::DimVector strides(sizes_.size());
   int64_t step = 1;
@@ -143,7 +160,7 @@ Tensor Frame::empty_rows() const {
   for (int64_t d = last_ - 1; d >= first_; --d) lay(d);
   for (int64_t d = main_.dim() - 1; d >= 0; --d)
     if (d < first_ || d >= last_) lay(d);
-  return at::empty_strided(sizes_, strides, main_.options());
+  return in_large_pages(at::empty_strided(sizes_, strides, main_.options()));
 }
 
 Tensor Frame::empty_per_row() const { return at::empty(row_sizes_, main_.options().dtype(wide())); }

@@ -14,6 +14,10 @@ using OptTensor = std::optional<Tensor>;
 
 inline bool given(const OptTensor& t) { return t.has_value() && t->defined(); }
 
+// A fresh CPU tensor is handed over by the system at its first touch, 4 KB at a time, which can take longer than the kernel that
+// fills it. This asks for pages of 2 MB where the tensor is large.
+Tensor in_large_pages(Tensor fresh);
+
 // How one call sees its tensors: dimensions [first, last) of the main tensor are the columns, the others number the rows.
 class Frame {
  public:

@@ -11,7 +11,7 @@ namespace {
 
 // Dense, in the order of `like`'s memory as far as a view can follow it.
 Tensor empty_as(const Tensor& like) {
-  return like.dim() > kMaxDims ? at::empty(like.sizes(), like.options()) : at::empty_like(like);
+  return in_large_pages(like.dim() > kMaxDims ? at::empty(like.sizes(), like.options()) : at::empty_like(like));
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ Tensor swiglu_fwd(const Tensor& gate,   // [*], or [*, 2 n, *] with both halves 
   MapArgs<SwiGLUFwd> args{};
   at::DimVector sizes(gate.sizes());
   if (packed) sizes[dim] /= 2;
-  Tensor y = packed ? at::empty(sizes, gate.options()) : empty_as(gate);
+  Tensor y = packed ? in_large_pages(at::empty(sizes, gate.options())) : empty_as(gate);
   frame.out(args.out[SwiGLUFwd::kY], y);
   frame.in(args.in[SwiGLUFwd::kG], gate, "gate", packed ? 0 : -1);
   frame.in(args.in[SwiGLUFwd::kU], packed ? gate : *up, "up", packed ? 1 : -1);
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy,     // [*]
   MapArgs<SwiGLUBwd> args{};
   Tensor dgate, dup;
   if (needed[0]) {
-    dgate = packed ? at::empty(gate.sizes(), gate.options()) : empty_as(gate);
+    dgate = packed ? in_large_pages(at::empty(gate.sizes(), gate.options())) : empty_as(gate);
     frame.out(args.out[SwiGLUBwd::kDg], dgate, packed ? 0 : -1);
     if (packed) frame.out(args.out[SwiGLUBwd::kDu], dgate, 1);
   }
