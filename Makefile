@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 # Test workers: one per core.
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-quick lint format clean
+.PHONY: demo test test-quick nvcc gpu lint format clean
 
 demo: $(VENV)/.fusegrad-demo $(BUILT)
 	$(PYTHON) examples/train_gpt.py $(ARGS)
@@ -17,6 +17,14 @@ test: $(VENV)/.fusegrad-test $(BUILT) lint
 
 test-quick: $(VENV)/.fusegrad-test $(BUILT)
 	$(PYTHON) -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+# Every .cu file for every architecture that is supported; needs nvcc and no GPU.
+nvcc: $(VENV)/.fusegrad-test $(BUILT)
+	FUSEGRAD_NVCC_ARCHS="80 90 100" $(PYTHON) -m pytest -n $(JOBS) -rP tests/test_nvcc.py
+
+# For a machine with a GPU, with the CUDA build of torch in its python3: make gpu PARTS="build table".
+gpu:
+	python3 tests/gpu.py $(PARTS)
 
 lint: $(VENV)/.fusegrad-test
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 os.environ.setdefault("FUSEGRAD_STRICT", "1")  # a fallback that nobody asked for is a failure
 
@@ -6,6 +7,10 @@ import pytest
 import torch
 
 import fusegrad
+from table import DEVICE
+
+# What this machine cannot run is not collected; there is no skip.
+collect_ignore = ([] if DEVICE == "cuda" else ["test_cuda.py"]) + ([] if shutil.which("nvcc") else ["test_nvcc.py"])
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,17 @@
 """The table as test cases, and the budget rule that decides whether a result is right."""
 
+import functools
 import itertools
+import os
 
 import torch
 
 import fusegrad
+from fusegrad import _samples
 from fusegrad._op import OPS, Sample
-from fusegrad._samples import Make
+
+DEVICE = os.environ.get("FUSEGRAD_TEST_DEVICE", "cpu")  # where the table's tensors are
+Make = functools.partial(_samples.Make, device=DEVICE)
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 PAIRS = ((F64, F64), (F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32))
@@ -16,14 +21,13 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def draw(op, sample, dtype=F32, param_dtype=None, device="cpu", seed=0) -> Sample:
+def draw(op, sample, dtype=F32, param_dtype=None, seed=0) -> Sample:
     """The sample of that name, drawn anew."""
-    make = Make(dtype, param_dtype, device, seed)
-    return next(s for s in op.samples(make) if s.name == sample)
+    return next(s for s in op.samples(Make(dtype, param_dtype, seed=seed)) if s.name == sample)
 
 
 def names(op):
-    return [s.name for s in op.samples(Make())]
+    return [s.name for s in op.samples(_samples.Make())]
 
 
 def cases(*pairs, ops=None):
@@ -43,6 +47,13 @@ def ids(case):
 
 def tensors(sample):
     return {k: v for k, v in sample.kwargs.items() if isinstance(v, torch.Tensor)}
+
+
+def laid_out(sample, layout):
+    """The sample with its rows, and all that has their shape, in that layout."""
+    rows = next(v for v in tensors(sample).values() if v.is_floating_point())
+    laid = {k: _samples.lay_out(v, layout) for k, v in tensors(sample).items() if v.shape == rows.shape}
+    return Sample(sample.name, sample.kwargs | laid)
 
 
 def constant(op):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fusegrad._op import OPS, Sample
-from fusegrad._samples import Make
-from table import BF16, F16, F32, call, check, cotangents, run
+from table import BF16, F16, F32, Make, call, check, cotangents, run
 
 DRAWS = 334  # × 3 dtypes: 1,000 an op
 

@@ -13,13 +13,15 @@ from torch.autograd.functional import jacobian
 
 import fusegrad
 from fusegrad._op import OPS, Sample
-from fusegrad._samples import LAYOUTS, Make, lay_out
+from fusegrad._samples import LAYOUTS, lay_out
 from table import (
     BF16,
+    DEVICE,
     F16,
     F32,
     F64,
     PAIRS,
+    Make,
     call,
     cases,
     check,
@@ -27,6 +29,7 @@ from table import (
     diffable,
     draw,
     ids,
+    laid_out,
     name_of,
     names,
     run,
@@ -74,16 +77,17 @@ def test_values_and_gradients(case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each((F32, F32))
 def test_layouts(case, layout):
-    """Inputs and incoming gradients in every layout give the bits of the contiguous ones."""
+    """Inputs and incoming gradients in every layout; on the CPU with the bits of the contiguous ones."""
     op, sample = drawn(case)
-    main = next(k for k, v in tensors(sample).items() if v.is_floating_point())
-    laid = {k: lay_out(v, layout) if v.shape == sample.kwargs[main].shape else v for k, v in tensors(sample).items()}
-    sample = Sample(sample.name, sample.kwargs | laid)
-    dense = Sample(sample.name, sample.kwargs | {k: v.contiguous() for k, v in laid.items()})
+    sample = laid_out(sample, layout)
     cotangent = tuple(lay_out(g, layout) for g in cotangents(call(op, sample)))
-    expected = run(op, dense, tuple(g.contiguous() for g in cotangent))
-    for (k, a), b in zip(run(op, sample, cotangent).items(), expected.values()):
-        assert same_bits(a, b), k
+    found = run(op, sample, cotangent)
+    if DEVICE == "cpu":
+        dense = Sample(sample.name, {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in sample.kwargs.items()})
+        for (k, a), b in zip(found.items(), run(op, dense, tuple(g.contiguous() for g in cotangent)).values()):
+            assert same_bits(a, b), k
+    else:
+        check(op, sample, found, cotangent)
 
 
 @pytest.mark.parametrize("rows", (0, 1, 2, 65_535, 65_536, 65_537))
@@ -109,7 +113,7 @@ def test_beyond_2_to_31_elements(op):
     kwargs = op.bench(Make(F16), 3, 40)
     main = next(iter(kwargs))
     cols = kwargs[main].shape[1]
-    far = torch.empty(2**31 + 200, dtype=F16).as_strided((3, cols), (2**30, 1)).copy_(kwargs[main])
+    far = torch.empty(2**31 + 200, dtype=F16, device=DEVICE).as_strided((3, cols), (2**30, 1)).copy_(kwargs[main])
     cotangent = cotangents(call(op, Sample("near", kwargs)))
     near, result = run(op, Sample("near", kwargs), cotangent), run(op, Sample("far", kwargs | {main: far}), cotangent)
     for (k, a), b in zip(near.items(), result.values()):
@@ -385,14 +389,14 @@ def test_lazy_bits(case):
     lazy = tuple(torch.complex(torch.zeros_like(g), -g).conj().imag for g in cotangent)
     for (k, a), b in zip(run(op, Sample("", sample.kwargs | negated), lazy).items(), expected.values()):
         assert same_bits(a.resolve_neg(), b), k
-    zeros = tuple(torch._efficientzerotensor(y.shape, dtype=y.dtype) for y in cotangent)
-    dense_zeros = tuple(torch.zeros(y.shape, dtype=y.dtype) for y in cotangent)
+    zeros = tuple(torch._efficientzerotensor(y.shape, dtype=y.dtype, device=DEVICE) for y in cotangent)
+    dense_zeros = tuple(torch.zeros_like(y) for y in cotangent)
     for a, b in zip(run(op, sample, zeros).values(), run(op, sample, dense_zeros).values()):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     for k in keys[:1]:
         shape = sample.kwargs[k].shape
-        zero = call(op, Sample("", sample.kwargs | {k: torch._efficientzerotensor(shape)}))
-        for a, b in zip(zero, call(op, Sample("", sample.kwargs | {k: torch.zeros(shape)}))):
+        zero = call(op, Sample("", sample.kwargs | {k: torch._efficientzerotensor(shape, device=DEVICE)}))
+        for a, b in zip(zero, call(op, Sample("", sample.kwargs | {k: torch.zeros(shape, device=DEVICE)}))):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -511,12 +515,12 @@ def test_checkpoint_and_saved_tensor_hooks(case, reentrant):
 def test_autocast_dtype(op, dtype):
     """Under autocast an op returns the dtype of torch's function, and gradients in the dtypes of the inputs."""
     sample = Sample("", op.bench(Make(dtype), 4, 16))
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(DEVICE, dtype=BF16):
         (y,) = call(op, sample)
         expected = op.torch(**sample.kwargs).dtype if op.torch else dtype
     assert y.dtype == expected
     s, leaves = with_grad(op, sample)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(DEVICE, dtype=BF16):
         outputs = call(op, s)
     for leaf, g in zip(leaves.values(), torch.autograd.grad(outputs, list(leaves.values()), cotangents(outputs))):
         assert g.dtype == leaf.dtype
@@ -541,8 +545,12 @@ def test_saved_bytes(case):
 
 
 def allocated(f):
-    """Bytes that f asks the CPU allocator for, one by one."""
+    """Bytes that f asks the allocator for, one by one."""
     f()
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+        f()
+        return torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         f()
     events = profile.profiler.kineto_results.events()
@@ -570,7 +578,8 @@ def test_no_allocation_beyond_the_outputs(op, dtype, layout):
     cotangent = cotangents(held)
     inputs = list(leaves.values())
     backward_bytes = allocated(lambda: torch.autograd.grad(held, inputs, cotangent, retain_graph=True))
-    partial = 256 // 16 * 512 * 4 if len(inputs) > 1 else 0  # the sums over each slice of rows
+    slices = 256 // (16 if DEVICE == "cpu" else 4)
+    partial = slices * 512 * 4 if len(inputs) > 1 else 0  # the sums over each slice of rows
     assert backward_bytes <= sum(t.numel() * t.element_size() for t in inputs) + partial + small
 
 
@@ -625,10 +634,12 @@ def modules():
 
 @pytest.mark.parametrize("ours, native, args", list(modules()), ids=lambda m: type(m).__name__)
 def test_modules(ours, native, args):
+    ours, args = ours.to(DEVICE), tuple(a.to(DEVICE) for a in args)
     y = ours(*args)
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert same_bits(twin(*args), y) and repr(twin) == repr(ours)
     if native is not None:
+        native = native.to(DEVICE)
         assert isinstance(ours, type(native)) and repr(ours) == repr(native)
         with torch.no_grad():
             for p in native.parameters():

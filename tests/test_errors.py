@@ -77,6 +77,25 @@ def test_layouts_that_no_kernel_takes(call, kind):
         call(make[kind]())
 
 
+def test_cuda_tensor_and_a_build_for_the_cpu(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(fusegrad._op, "_C", type("CPUOnly", (), {"with_cuda": False}))
+    monkeypatch.setattr(fusegrad._op, "KERNEL_DEVICES", ("cpu",))
+    with FakeTensorMode(), fusegrad.strict(False):
+        z, t = torch.empty(4, 8, device="cuda"), torch.empty(4, dtype=torch.long, device="cuda")
+        for name, call in (
+            ("rms_norm", lambda: fused.rms_norm(z, (8,))),
+            ("swiglu", lambda: fused.swiglu(z)),
+            ("cross_entropy", lambda: fused.cross_entropy(z, t)),
+        ):
+            with pytest.raises(
+                RuntimeError, match=rf"^{name}: input is on cuda:0, but this build of fusegrad has kernels for the CPU only; reinstall"
+            ):
+                call()
+    assert not fusegrad.stats()
+
+
 def test_what_torch_accepts():
     ours = [fused.rms_norm(x, (8,), eps=e) for e in (0.0, -0.5, float("nan"))]
     for a, e in zip(ours, (0.0, -0.5, float("nan"))):

@@ -7,6 +7,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <stdexcept>
+
 #include "view.h"
 
 namespace fusegrad {
@@ -15,9 +17,16 @@ namespace fusegrad {
 Variant cpu_variant();
 const char* variant_name(Variant variant);
 
+// Whether CPU tensors get the CUDA kernels, run by tests/emulator.
+#ifdef FUSEGRAD_EMULATED
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 template <class Args>
 const Kernel<Args>& kernel_for(const char* op, const at::Device& device) {
-#ifdef FUSEGRAD_EMULATED  // CUDA kernels on CPU tensors: tests/emulator
+#ifdef FUSEGRAD_EMULATED
   if (device.is_cpu()) return Kernels<Args, kCuda>::entry;
 #else
   if (device.is_cpu()) {
@@ -43,7 +52,11 @@ template <class Args>
 void launch(const Frame& frame, const Kernel<Args>& kernel, const Args& args) {
   const at::Device device = frame.main().device();
   void* stream = device.is_cpu() ? nullptr : c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  kernel.launch(args, stream);
+  try {
+    kernel.launch(args, stream);
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(false, frame.op(), ": the kernel failed on ", device, " (input ", frame.main().sizes(), "): ", error.what());
+  }
 }
 
 template <class Op>

@@ -42,7 +42,7 @@ class Function(torch.autograd.Function):
             return _first(outputs, cls.apply(*tensors, *options))
         reason = _op.why_not(*tensors)
         if reason is not None:
-            _op.fall_back(cls.op, reason)
+            _op.fall_back(cls.op, reason, tensors[0].device)
             return cls.reference(*tensors, *options)
         if _functorch_active() or _forward_mode_open():
             _op.count(cls.op, "a transform or forward mode is active")

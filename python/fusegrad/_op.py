@@ -54,11 +54,11 @@ class Sample:
 # --- calls -------------------------------------------------------------------------------------------------------------------
 
 
-def compiled(name: str) -> Callable:
+def compiled(name: str, module=_C, namespace: str = "fusegrad") -> Callable:
     """The C++ function: called directly in eager, which decides there whether the dispatcher must be asked; as torch.ops when
     torch.compile traces, as it sees nothing else."""
-    direct = getattr(_C, name)
-    registered = getattr(torch.ops.fusegrad, name).default
+    direct = getattr(module, name)
+    registered = getattr(getattr(torch.ops, namespace), name).default
 
     def call(*args):
         if torch.compiler.is_compiling():
@@ -132,8 +132,14 @@ def check_tensor(op: str, name: str, value) -> None:
         raise RuntimeError(f"{op}: {name} must be a dense tensor, got a nested tensor")
 
 
-def fall_back(op: str, reason: str) -> None:
-    """A capability is missing: visible in stats(), a warning the first time, an error if strict."""
+def fall_back(op: str, reason: str, device: torch.device) -> None:
+    """A capability is missing: visible in stats(), a warning the first time, an error if strict; and always an error for a CUDA
+    tensor that meets a build without CUDA kernels, as nobody wants that."""
+    if device.type == "cuda" and not _C.with_cuda:
+        raise RuntimeError(
+            f"{op}: input is on {device}, but this build of fusegrad has kernels for the CPU only; reinstall it where nvcc and a CUDA "
+            "build of torch are found (FUSEGRAD_CUDA=1 says what is missing), or move the tensor to the CPU"
+        )
     if _strict:
         raise RuntimeError(f"{op}: {reason} (strict mode does not fall back to the reference)")
     count(op, reason)

@@ -1,7 +1,8 @@
 """Builds what runs the CUDA kernels on the CPU, in build/emulator/, again only where a source has changed.
 
 `extension()` is the module `_C_emulated`: the host functions of fusegrad, on CPU tensors, with the kernels of csrc/ops/*.cu in
-place of the CPU ones; torch.ops knows it as `fusegrad_emulated`. `program()` compiles a single .cu file with a main().
+place of the CPU ones; torch.ops knows it as `fusegrad_emulated`. `control()` has the functions of entry.cpp. `program()` compiles
+a single .cu file with a main().
 """
 
 import ctypes
@@ -79,7 +80,7 @@ def program(source, *flags):
 
 
 def extension():
-    """The loaded module; `seed(n)` chooses the order in which its threads run."""
+    """The loaded module."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -98,8 +99,15 @@ def extension():
     if "_C_emulated" not in sys.modules:
         sys.modules["_C_emulated"] = module
         spec.loader.exec_module(module)
-    module.seed = lambda n: ctypes.CDLL(str(path)).fusegrad_emulator_seed(ctypes.c_uint64(n))
     return module
+
+
+def control():
+    """Of the loaded module: `control().fusegrad_emulator_seed(n)` chooses the order in which its threads run."""
+    library = ctypes.CDLL(sys.modules["_C_emulated"].__file__)
+    library.fusegrad_emulator_seed.argtypes = [ctypes.c_uint64]
+    library.fusegrad_emulator_launches.restype = ctypes.c_uint64
+    return library
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ inline uint64_t environment(const char* name, uint64_t otherwise) {
 }
 inline std::atomic<uint64_t> seed{environment("FUSEGRAD_EMULATOR_SEED", 0)};
 inline std::atomic<uint64_t> launches{0};
+inline std::atomic<bool> fail_next{false};  // the next launch, as if the device had refused it
 constexpr int kMultiprocessors = 2;
 
 // A context: registers and stack of a fibre, or of the CPU thread that runs the fibres.
@@ -693,7 +694,10 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+namespace emulator {
+inline thread_local cudaError_t last_error = cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
   return error == cudaSuccess ? "no error" : "invalid argument";
@@ -711,8 +715,8 @@ template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const dim3 g = config->gridDim, b = config->blockDim;
   if (g.x - 1 > 0x7ffffffe || g.y - 1 > 65534 || g.z - 1 > 65534 || uint64_t(b.x) * b.y * b.z - 1 > 1023 || b.z > 64 ||
-      config->dynamicSmemBytes > 48 << 10)
-    return cudaErrorInvalidConfiguration;
+      config->dynamicSmemBytes > 48 << 10 || emulator::fail_next.exchange(false))
+    return emulator::last_error = cudaErrorInvalidConfiguration;
   emulator::run_grid(emulator::kernel_name<Params...>(), g, b, config->dynamicSmemBytes, [&] { kernel(args...); });
   return cudaSuccess;
 }

@@ -170,7 +170,7 @@ def cross_entropy(
         extra = (z_loss, logit_softcap, logit_scale, num_items, return_lse, empty)
         if extra != (0.0, None, 1.0, None, False, "nan"):
             raise ValueError("cross_entropy: probability targets take torch's own options only, got " + str(extra))
-        _op.fall_back("cross_entropy", "targets are probabilities")
+        _op.fall_back("cross_entropy", "targets are probabilities", input.device)
         return F.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
     if target.shape != shape:

@@ -1,0 +1,67 @@
+"""What only CUDA kernels have to show. Collected by test_emulated.py, and by test_cuda.py on a machine with a GPU: the fixture
+`reorder` changes the order in which threads run, where that is in our hands."""
+
+import itertools
+
+import pytest
+import torch
+from test_conformance import drawn, each, each_op, same_bits
+
+import fusegrad
+from fusegrad._op import OPS, Sample
+from fusegrad._samples import LAYOUTS, lay_out
+from table import DEVICE, F32, PAIRS, Make, call, check, cotangents, laid_out, name_of, run
+
+
+def check_in_any_order(op, sample, reorder, layout="contiguous"):
+    """Within the budget, and the same bits again, whatever the order of the threads."""
+    cotangent = tuple(lay_out(g, layout) for g in cotangents(call(op, sample)))
+    found = []
+    for seed in (0, 1, 2):
+        reorder(seed)
+        found.append(run(op, sample, cotangent))
+    for other in found[1:]:
+        assert all(same_bits(found[0][k], other[k]) for k in other), f"{sample}: a race: other bits the next time"
+    check(op, sample, found[0], cotangent)
+
+
+@each(*PAIRS)
+def test_values_and_gradients(case, reorder):
+    check_in_any_order(*drawn(case), reorder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each((F32, F32))
+def test_layouts(case, layout, reorder):
+    op, sample = drawn(case)
+    check_in_any_order(op, laid_out(sample, layout), reorder, layout)
+
+
+ROWS = (1, 3, 70)
+COLS = (1, 2, 7, 8, 31, 32, 33, 64, 127, 128, 255, 256, 1000, 1024, 1025, 4096, 5000, 20_000, 40_000)
+# Teams within a warp, of a warp and of a block; one tile and several; packs of 16 bytes and single elements.
+SHAPES = [(r, c) for r, c in itertools.product(ROWS, COLS) if r * c <= 80_000]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "channels_last"])
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(name_of, pair)))
+@each_op
+def test_paths(op, pair, layout, reorder):
+    for rows, cols in SHAPES if layout == "contiguous" else SHAPES[::4]:
+        sample = Sample(f"{rows}x{cols}", op.bench(Make(*pair, seed=rows), rows, cols))
+        check_in_any_order(op, laid_out(sample, layout), reorder, layout)
+
+
+def test_rows_next_to_each_other(reorder):
+    """A transposed input with more rows than the device has threads: neighbouring threads take neighbouring rows."""
+    for op in OPS.values():
+        check_in_any_order(op, laid_out(Sample("transposed", op.bench(Make(), 70_000, 6)), "transposed"), reorder)
+
+
+def test_a_label_that_is_no_class():
+    """Where a look at the labels would wait for the device, its row becomes NaN, and no other."""
+    x = torch.randn(5, 40, device=DEVICE, requires_grad=True)
+    loss = fusegrad.functional.cross_entropy(x, torch.tensor([0, 40, 39, -1, -100], device=DEVICE), reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, True, False]
+    (g,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert g.isnan().all(1).tolist() == [False, True, False, True, False] and g[[0, 2, 4]].isfinite().all()
