@@ -69,7 +69,7 @@ def extension():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", arch_list())
     say(f"CUDA architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
     define.append(("FUSEGRAD_HAS_CUDA", None))
-    sources += sorted(glob("csrc/ops/*.cu"))
+    sources += sorted(glob("csrc/ops/*_cuda.cu"))
     return cpp_extension.CUDAExtension("fusegrad._C", sources, define_macros=define, extra_compile_args=args, extra_link_args=["-fopenmp"])
 
 

@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include "host/pool.h"
 #include "host/run.h"
 #include "ops/ops.h"
 
@@ -103,6 +104,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #define FUSEGRAD_BIND(name, schema) fusegrad::bind(m, #name, &fusegrad::name);
   FUSEGRAD_OPS(FUSEGRAD_BIND)
   m.def("cpu_capability", [] { return fusegrad::variant_name(fusegrad::cpu_variant()); });
+  m.def("pool_clear", &fusegrad::pool::clear);
+  m.def("pool_kept", &fusegrad::pool::kept);
   m.attr("with_cuda") =
 #ifdef FUSEGRAD_HAS_CUDA
       true;

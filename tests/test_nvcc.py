@@ -12,7 +12,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc/ops").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/ops").glob("*_cuda.cu"))
 ARCHS = os.environ.get("FUSEGRAD_NVCC_ARCHS", "90").split()
 PAIRS = [("double", "double"), ("float", "float"), ("Half", "Half"), ("Half", "float"), ("BFloat16", "BFloat16"), ("BFloat16", "float")]
 
@@ -56,7 +56,7 @@ def test_nvcc(source, arch, tmp_path):
     most = max(registers for _, registers, _ in found.values())
     print(f"{source.name} for sm_{arch}: {len(found)} kernels, at most {most} registers, 0 spilled bytes, {seconds:.1f} s")
 
-    header = source.with_suffix(".h").read_text()
+    header = source.with_name(source.name.replace("_cuda.cu", ".h")).read_text()
     for kind, op in re.findall(r"FUSEGRAD_(ROWS|MAP)\((\w+)\)", source.read_text()):
         sizes = re.search(rf"struct {op} : .*?static constexpr int (.*?);", header, re.S)[1]
         sizes = {k: int(v) for k, v in re.findall(r"(\w+) = (\d+)", sizes)}

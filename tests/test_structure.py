@@ -29,7 +29,7 @@ def camel(name):
 
 @each_op
 def test_an_op_is_its_own_files(op):
-    for suffix in (".h", ".cpp", "_cpu.cpp", ".cu"):
+    for suffix in (".h", ".cpp", "_cpu.cpp", "_cuda.cu"):
         assert (CSRC / "ops" / (op.name + suffix)).exists()
     assert (PACKAGE / "ops" / f"{op.name}.py").exists()
 
@@ -90,6 +90,12 @@ def test_rings_only_call_inwards():
             if name.startswith(("torch/", "pybind11")) and not name.startswith("torch/headeronly/"):
                 assert path.name == "bindings.cpp", f"{path.name} includes {name}: slow to compile"
             assert name != "ATen/ATen.h", path
+
+
+def test_object_files_do_not_collide():
+    """torch's build names an object file after its source without the suffix."""
+    sources = [path.with_suffix("") for path in CSRC.rglob("*") if path.suffix in (".cpp", ".cu")]
+    assert len(set(sources)) == len(sources)
 
 
 def test_indices_are_64_bits():

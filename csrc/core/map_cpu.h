@@ -18,7 +18,8 @@ class MapCpu {
   static constexpr int64_t kGrain = 8;     // such turns
 
  public:
-  explicit MapCpu(const MapArgs<Op>& args) : args(args) {}
+  explicit MapCpu(const MapArgs<Op>& args)
+      : args(args), past(beyond_caches(args.extent.rows * args.extent.cols * int64_t(sizeof(T)) * (Op::in + Op::out))) {}
 
   void run() const {
     const int64_t cols = args.extent.cols, rows = args.extent.rows;
@@ -31,46 +32,74 @@ class MapCpu {
         const int64_t r = per_row > 1 ? i / per_row : i, c = (i - r * per_row) * kBlock;
         piece(r, c, std::min(kBlock, cols - c));
       }
+      if (past) end_of_stores_past();
     });
   }
 
  private:
   const MapArgs<Op>& args;
+  const bool past;
 
   void piece(int64_t r, int64_t first, int64_t n) const {
     const T* x[at_least_one(Op::in)];
     T* y[at_least_one(Op::out)];
-    for (int i = 0; i < Op::in; ++i)
+    bool dense = true;
+    for (int i = 0; i < Op::in; ++i) {
       x[i] = static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r) + first * args.in[i].col;
+      dense &= args.in[i].col == 1;
+    }
     for (int i = 0; i < Op::out; ++i)
       y[i] = args.out[i].data ? static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r) + first : nullptr;
-    int64_t c = 0;
-    for (; c + kChunk <= n; c += kChunk) chunk<false>(x, y, c, kChunk);
-    if (c < n) chunk<true>(x, y, c, n - c);
+    dense ? chunks(x, y, n) : gathered(x, y, n);
   }
 
-  template <bool tail>
+  // Inputs whose elements are apart are gathered a few at a time.
+  void gathered(const T* const* x, T* const* y, int64_t n) const {
+    constexpr int64_t kNear = 512;
+    T near[at_least_one(Op::in)][kNear];
+    for (int64_t c = 0; c < n; c += kNear) {
+      const int64_t m = std::min(kNear, n - c);
+      const T* from[at_least_one(Op::in)];
+      T* to[at_least_one(Op::out)];
+      for (int i = 0; i < Op::in; ++i) {
+        const int64_t step = args.in[i].col;
+        from[i] = step == 1 ? x[i] + c : near[i];
+        if (step != 1)
+          for (int64_t k = 0; k < m; ++k) near[i][k] = x[i][(c + k) * step];
+      }
+      for (int i = 0; i < Op::out; ++i) to[i] = y[i] ? y[i] + c : nullptr;
+      chunks(from, to, m);
+    }
+  }
+
+  void chunks(const T* const* x, T* const* y, int64_t n) const {
+    past&& on_lines<Op::out>(y) ? chunks<true>(x, y, n) : chunks<false>(x, y, n);
+  }
+
+  template <bool past>
+  void chunks(const T* const* x, T* const* y, int64_t n) const {
+    int64_t c = 0;
+    for (; c + kChunk <= n; c += kChunk) chunk<false, past>(x, y, c, kChunk);
+    if (c < n) chunk<true, false>(x, y, c, n - c);
+  }
+
+  template <bool tail, bool past>
   FUSEGRAD_FN void chunk(const T* const* x, T* const* y, int64_t c, int64_t n) const {
     In<Op, A> in[2];
+#pragma GCC unroll 8
     for (int i = 0; i < Op::in; ++i) {
       A v[2];
-      const int64_t step = args.in[i].col;
-      if (step == 1) {
-        tail ? load(x[i] + c, v, n) : load(x[i] + c, v);
-      } else {
-        T near[kChunk] = {};
-        for (int64_t k = 0; k < n; ++k) near[k] = x[i][(c + k) * step];
-        load(static_cast<const T*>(near), v);
-      }
+      tail ? load(x[i] + c, v, n) : load(x[i] + c, v);
       in[0].x[i] = v[0], in[1].x[i] = v[1];
     }
     Out<Op, A> out[2];
     args.op.map(in[0], out[0]);
     args.op.map(in[1], out[1]);
+#pragma GCC unroll 8
     for (int i = 0; i < Op::out; ++i)
       if (y[i]) {
         const A v[2] = {out[0].y[i], out[1].y[i]};
-        tail ? store(y[i] + c, v, n) : store(y[i] + c, v);
+        tail ? store(y[i] + c, v, n) : store<past>(y[i] + c, v);
       }
   }
 };

@@ -54,6 +54,10 @@ FUSEGRAD_FN double tanh(double a) { return ::tanh(a); }
 FUSEGRAD_FN float rsqrt(float a) { return 1.0f / ::sqrtf(a); }
 FUSEGRAD_FN double rsqrt(double a) { return 1.0 / ::sqrt(a); }
 template <class S>
+FUSEGRAD_FN if_scalar<S> reciprocal(S a) {
+  return S(1) / a;
+}
+template <class S>
 FUSEGRAD_FN if_scalar<S> select(bool mask, S yes, S no) {
   return mask ? yes : no;
 }
@@ -133,6 +137,17 @@ FUSEGRAD_FN Vec<float> exp(Vec<float> a) {
 #endif
 }
 template <class S>
+FUSEGRAD_FN Vec<S> reciprocal(Vec<S> a) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // A Newton step on 14 bits, to 1 ulp: a division takes three times as long. Of infinity it stays the 0 that it begins as.
+  if constexpr (std::is_same_v<S, float>) {
+    const __m512 y = _mm512_rcp14_ps(a), error = _mm512_fnmadd_ps(a, y, _mm512_set1_ps(1.0f));
+    return _mm512_mask_fmadd_ps(y, _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q), error, y);
+  }
+#endif
+  return Vec<S>(S(1)) / a;
+}
+template <class S>
 FUSEGRAD_FN Vec<S> tanh(Vec<S> a) {
   return a.tanh();
 }
@@ -164,7 +179,7 @@ FUSEGRAD_FN auto lane(int64_t d) {
 }
 template <class A>
 FUSEGRAD_FN A sigmoid(A a) {
-  return A(1) / (A(1) + exp(A(0) - a));
+  return reciprocal(A(1) + exp(A(0) - a));
 }
 template <class A>
 FUSEGRAD_FN A square(A a) {

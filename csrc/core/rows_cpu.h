@@ -24,9 +24,15 @@ class RowsCpu {
   // A tensor whose columns are apart is gathered this many rows at a time: for a transposed one that is a cache line of each
   // column.
   static constexpr int64_t kBlock = 64 / sizeof(T);
+  // Rows up to this length are fetched into the caches while the one before is written, which keeps the memory busy in between:
+  // rms_norm backward took 0.75 (float32, 2048 x 2048) to 0.9 of the time without it.
+  static constexpr int64_t kAhead = 65536 / sizeof(T) / at_least_one(Op::in);
 
  public:
-  explicit RowsCpu(const RowArgs<Op>& args) : args(args), cols(args.extent.cols) {
+  explicit RowsCpu(const RowArgs<Op>& args)
+      : args(args),
+        cols(args.extent.cols),
+        past(Op::out > 0 && beyond_caches(args.extent.rows * cols * int64_t(sizeof(T)) * (Op::in + Op::out))) {
     for (int i = 0; i < Op::in; ++i) gathered += args.in[i].col != 1;
   }
 
@@ -40,6 +46,7 @@ class RowsCpu {
  private:
   const RowArgs<Op>& args;
   const int64_t cols;
+  const bool past;
   int gathered = 0;
 
   int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)); }
@@ -88,9 +95,15 @@ class RowsCpu {
         for (int i = 0, g = 0; i < Op::in; ++i)
           x[i] = args.in[i].col == 1 ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r)
                                      : scratch.get() + (g++ * kBlock + r - block) * cols;
-        row<sum_columns>(r, x, slice);
+        const T* ahead[at_least_one(Op::in)];
+        for (int i = 0; i < Op::in; ++i)
+          ahead[i] = args.in[i].col == 1 && r + 1 < end && cols <= kAhead
+                         ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r + 1)
+                         : x[i];
+        row<sum_columns>(r, x, ahead, slice);
       }
     }
+    if (past) end_of_stores_past();
   }
 
   void gather(T* to, int64_t first, int64_t n) const {
@@ -106,7 +119,7 @@ class RowsCpu {
   }
 
   template <bool sum_columns>
-  void row(int64_t r, const T* const* x, int64_t slice) const {
+  void row(int64_t r, const T* const* x, const T* const* ahead, int64_t slice) const {
     const At<Op, T, P> at{args, r};
     Row row{};
     args.op.begin(row, at);
@@ -124,10 +137,21 @@ class RowsCpu {
       if constexpr (sum_columns)
         for (int i = 0; i < Op::col_out; ++i)
           if (args.col_out[i]) col[i] = partial(i, slice);
-      int64_t c = 0;
-      for (; c + kChunk <= cols; c += kChunk) map<sum_columns, false>(row, x, y, col, c, kChunk);
-      if (c < cols) map<sum_columns, true>(row, x, y, col, c, cols - c);
+      past&& on_lines<Op::out>(y) ? maps<sum_columns, true>(row, x, ahead, y, col)
+                                  : maps<sum_columns, false>(row, x, ahead, y, col);
     }
+  }
+
+  template <bool sum_columns, bool past>
+  void maps(const Row& row, const T* const* x, const T* const* ahead, T* const* y, S* const* col) const {
+    int64_t c = 0;
+    for (; c + kChunk <= cols; c += kChunk) {
+      for (int i = 0; i < Op::in; ++i)
+        for (size_t line = 0; line < kChunk * sizeof(T); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(ahead[i] + c) + line);
+      map<sum_columns, false, past>(row, x, y, col, c, kChunk);
+    }
+    if (c < cols) map<sum_columns, true, false>(row, x, y, col, c, cols - c);
   }
 
   template <class... V, class... H>
@@ -206,7 +230,7 @@ class RowsCpu {
     return part[0];
   }
 
-  template <bool sum_columns, bool tail>
+  template <bool sum_columns, bool tail, bool past>
   FUSEGRAD_FN void map(const Row& row, const T* const* x, T* const* y, S* const* col, int64_t c, int64_t n) const {
     In<Op, A> in[2];
     load_in<tail>(in, x, c);
@@ -216,7 +240,7 @@ class RowsCpu {
     for (int i = 0; i < Op::out; ++i)
       if (y[i]) {
         const A v[2] = {out[0].y[i], out[1].y[i]};
-        tail ? store(y[i] + c, v, n) : store(y[i] + c, v);
+        tail ? store(y[i] + c, v, n) : store<past>(y[i] + c, v);
       }
     if constexpr (sum_columns)
       for (int i = 0; i < Op::col_out; ++i)

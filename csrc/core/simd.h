@@ -1,6 +1,13 @@
 // Memory to vectors and back, for the CPU drivers. The unit is two vectors of the accumulate type: one vector of a 16-bit type.
 #pragma once
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+
 #include "row_op.h"
 
 namespace fusegrad {
@@ -9,11 +16,38 @@ namespace {
 template <class A>
 constexpr int kStep = 2 * Lanes<A>::count;
 
+// Between bfloat16 and float, in half of the instructions that at::vec takes: bfloat16 is the upper half of a float.
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEGRAD_FN Vec<float> widened(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+// To nearest, ties to even, in the upper half.
+FUSEGRAD_FN __m512i rounded_in_place(Vec<float> v) {
+  const __m512i bits = _mm512_castps_si512(v), sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i even =
+      _mm512_mask_add_epi32(sum, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), sum, _mm512_set1_epi32(1));
+  return _mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+FUSEGRAD_FN Vec<BFloat16> narrowed(Vec<float> a, Vec<float> b) {
+  alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(rounded_in_place(a), _mm512_load_si512(upper), rounded_in_place(b));
+}
+constexpr bool kOwnBFloat16 = true;
+#else
+Vec<float> widened(const BFloat16*);
+Vec<BFloat16> narrowed(Vec<float>, Vec<float>);
+constexpr bool kOwnBFloat16 = false;
+#endif
+
 template <class T, class A>
 FUSEGRAD_FN void load(const T* p, A (&v)[2]) {
   if constexpr (std::is_same_v<T, Scalar<A>>) {
     v[0] = A::loadu(p);
     v[1] = A::loadu(p + Lanes<A>::count);
+  } else if constexpr (std::is_same_v<T, BFloat16> && kOwnBFloat16) {
+    v[0] = widened(p);
+    v[1] = widened(p + Lanes<A>::count);
   } else if constexpr (sizeof(T) == 2) {
     const auto [lo, hi] = at::vec::convert_to_float<T>(Vec<T>::loadu(p));
     v[0] = lo, v[1] = hi;
@@ -29,13 +63,53 @@ FUSEGRAD_FN void load(const T* p, A (&v)[2], int64_t n) {
   load(static_cast<const T*>(buffer), v);
 }
 
-template <class T, class A>
+// A store past the caches, to an aligned address: an ordinary one would first read the line that it overwrites.
+template <class T>
+FUSEGRAD_FN void store_past(T* p, const Vec<T>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512i bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256i bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+#else
+  v.store(p);
+#endif
+}
+// Stores past the caches are visible to other threads behind this.
+inline void end_of_stores_past() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+// Whether a call that moves so many bytes should store past the caches: its first results would be gone from them by its end.
+inline bool beyond_caches(int64_t bytes) {
+#if defined(__linux__)
+  static const int64_t last_level = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
+#else
+  static const int64_t last_level = 32 << 20;
+#endif
+  return bytes > last_level;
+}
+template <int n, class T>
+FUSEGRAD_FN bool on_lines(T* const* y) {
+  bool yes = true;
+  for (int i = 0; i < n; ++i) yes &= reinterpret_cast<uintptr_t>(y[i]) % 64 == 0;
+  return yes;
+}
+
+template <bool past = false, class T, class A>
 FUSEGRAD_FN void store(T* p, const A (&v)[2]) {
+  const auto put = [](auto* p, const auto& v) { past ? store_past(p, v) : v.store(p); };
   if constexpr (std::is_same_v<T, Scalar<A>>) {
-    v[0].store(p);
-    v[1].store(p + Lanes<A>::count);
+    put(p, v[0]);
+    put(p + Lanes<A>::count, v[1]);
+  } else if constexpr (std::is_same_v<T, BFloat16> && kOwnBFloat16) {
+    put(p, narrowed(v[0], v[1]));
   } else {
-    at::vec::convert_from_float<T>(v[0], v[1]).store(p);
+    put(p, at::vec::convert_from_float<T>(v[0], v[1]));
   }
 }
 

@@ -1,14 +1,12 @@
 #include "view.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
 #include <numeric>
+
+#include "pool.h"
 
 namespace fusegrad {
 namespace {
@@ -50,17 +48,10 @@ bool column_stride(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t first
 
 }  // namespace
 
-Tensor in_large_pages(Tensor fresh) {
-#if defined(__linux__)
-  // From 8 MB on: smaller blocks are recycled by malloc, and are in place already.
-  if (fresh.is_cpu() && fresh.nbytes() >= (8u << 20)) {
-    constexpr uintptr_t page = 2u << 20;
-    const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-    const uintptr_t first = (start + page - 1) & ~(page - 1), last = (start + fresh.nbytes()) & ~(page - 1);
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: no matter if refused
-  }
-#endif
-  return fresh;
+Tensor empty_as(const Tensor& like) {
+  if (like.dim() > kMaxDims) return pool::empty(like.sizes(), like);
+  if (like.is_non_overlapping_and_dense()) return pool::empty_strided(like.sizes(), like.strides(), like);
+  return pool::empty_strided(like.sizes(), at::infer_dense_strides(like.sizes(), like.strides()), like);
 }
 
 Frame::Frame(const char* op, const Tensor& main, const char* name, int64_t first, int64_t last)
@@ -152,7 +143,7 @@ const void* Frame::params(const OptTensor& tensor, const char* name) {
 }
 
 Tensor Frame::empty_rows() const {
-  if (last_ == main_.dim()) return in_large_pages(at::empty(sizes_, main_.options()));
+  if (last_ == main_.dim()) return pool::empty(sizes_, main_);
   // Memory order: the rows' dimensions, then the columns'.
   at::DimVector strides(sizes_.size());
   int64_t step = 1;
@@ -160,7 +151,7 @@ Tensor Frame::empty_rows() const {
   for (int64_t d = last_ - 1; d >= first_; --d) lay(d);
   for (int64_t d = main_.dim() - 1; d >= 0; --d)
     if (d < first_ || d >= last_) lay(d);
-  return in_large_pages(at::empty_strided(sizes_, strides, main_.options()));
+  return pool::empty_strided(sizes_, strides, main_);
 }
 
 Tensor Frame::empty_per_row() const { return at::empty(row_sizes_, main_.options().dtype(wide())); }

@@ -14,9 +14,8 @@ using OptTensor = std::optional<Tensor>;
 
 inline bool given(const OptTensor& t) { return t.has_value() && t->defined(); }
 
-// A fresh CPU tensor is handed over by the system at its first touch, 4 KB at a time, which can take longer than the kernel that
-// fills it. This asks for pages of 2 MB where the tensor is large.
-Tensor in_large_pages(Tensor fresh);
+// For the result of a map op: dense, in the order of `like`'s memory as far as a view can follow it.
+Tensor empty_as(const Tensor& like);
 
 // How one call sees its tensors: dimensions [first, last) of the main tensor are the columns, the others number the rows.
 class Frame {
@@ -27,7 +26,7 @@ class Frame {
 
   // A tensor of the frame's shape and the main tensor's type; with part >= 0, that part of a tensor of the main one's shape.
   void in(View& view, const Tensor& tensor, const char* name, int part = -1);
-  // The same for a tensor that was made by empty_rows() or, in a map op, empty_like().
+  // The same for a tensor that was made by empty_rows() or, in a map op, empty_as().
   void out(View& view, const Tensor& tensor, int part = -1);
   // One value per row, or a single one for all rows: of the main tensor's type, or of its accumulate type.
   void per_row(View& view, const Tensor& tensor, const char* name);

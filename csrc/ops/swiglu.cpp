@@ -1,21 +1,10 @@
 #include "swiglu.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
+#include "../host/pool.h"
 #include "../host/run.h"
 #include "ops.h"
 
 namespace fusegrad {
-namespace {
-
-// Dense, in the order of `like`'s memory as far as a view can follow it.
-Tensor empty_as(const Tensor& like) {
-  return in_large_pages(like.dim() > kMaxDims ? at::empty(like.sizes(), like.options()) : at::empty_like(like));
-}
-
-}  // namespace
-
 Tensor swiglu_fwd(const Tensor& gate,   // [*], or [*, 2 n, *] with both halves if up is not given
                   const OptTensor& up,  // [*]
                   int64_t dim) {
@@ -25,7 +14,7 @@ Tensor swiglu_fwd(const Tensor& gate,   // [*], or [*, 2 n, *] with both halves 
   MapArgs<SwiGLUFwd> args{};
   at::DimVector sizes(gate.sizes());
   if (packed) sizes[dim] /= 2;
-  Tensor y = packed ? in_large_pages(at::empty(sizes, gate.options())) : empty_as(gate);
+  Tensor y = packed ? pool::empty(sizes, gate) : empty_as(gate);
   frame.out(args.out[SwiGLUFwd::kY], y);
   frame.in(args.in[SwiGLUFwd::kG], gate, "gate", packed ? 0 : -1);
   frame.in(args.in[SwiGLUFwd::kU], packed ? gate : *up, "up", packed ? 1 : -1);
@@ -43,7 +32,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy,     // [*]
   MapArgs<SwiGLUBwd> args{};
   Tensor dgate, dup;
   if (needed[0]) {
-    dgate = packed ? in_large_pages(at::empty(gate.sizes(), gate.options())) : empty_as(gate);
+    dgate = packed ? pool::empty(gate.sizes(), gate) : empty_as(gate);
     frame.out(args.out[SwiGLUBwd::kDg], dgate, packed ? 0 : -1);
     if (packed) frame.out(args.out[SwiGLUBwd::kDu], dgate, 1);
   }

@@ -116,6 +116,14 @@ def count(op: str, reason: str) -> None:
     _stats[op, reason] += 1
 
 
+def empty_cache() -> None:
+    """Gives back to the system the memory of freed large CPU results, which is kept for the next ones.
+
+    Up to FUSEGRAD_CPU_POOL_MB of it (an environment variable, read once; default 512, or a sixteenth of the machine's memory if that
+    is less; 0 keeps none). Results on a GPU come from torch's own cache."""
+    _C.pool_clear()
+
+
 def why_not(tensor: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     """The sentence that says why no kernel takes a call with these tensors, the main one first; None if one does."""
     if tensor.dtype not in KERNEL_DTYPES:

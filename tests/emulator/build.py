@@ -1,6 +1,6 @@
 """Builds what runs the CUDA kernels on the CPU, in build/emulator/, again only where a source has changed.
 
-`extension()` is the module `_C_emulated`: the host functions of fusegrad, on CPU tensors, with the kernels of csrc/ops/*.cu in
+`extension()` is the module `_C_emulated`: the host functions of fusegrad, on CPU tensors, with the kernels of csrc/ops/*_cuda.cu in
 place of the CPU ones; torch.ops knows it as `fusegrad_emulated`. `control()` has the functions of entry.cpp. `program()` compiles
 a single .cu file with a main().
 """
@@ -89,7 +89,7 @@ def extension():
     ops = sorted((ROOT / "csrc/ops").glob("*.cpp"))
     sources = [(f, host) for f in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/host").glob("*.cpp"))]]
     sources += [(f, host) for f in ops if not f.name.endswith("_cpu.cpp")]
-    sources += [(f, [*EMULATED, *include]) for f in [*sorted((ROOT / "csrc/ops").glob("*.cu")), HERE / "entry.cpp"]]
+    sources += [(f, [*EMULATED, *include]) for f in [*sorted((ROOT / "csrc/ops").glob("*_cuda.cu")), HERE / "entry.cpp"]]
     link = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     with locked(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
         objects = list(pool.map(lambda source: compiled(*source, BUILD / torch.__version__), sources))
