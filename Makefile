@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 # Test workers: one per core.
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-quick nvcc gpu lint format clean
+.PHONY: demo test test-quick bench bench-guard nvcc gpu lint format clean
 
 demo: $(VENV)/.fusegrad-demo $(BUILT)
 	$(PYTHON) examples/train_gpt.py $(ARGS)
@@ -17,6 +17,12 @@ test: $(VENV)/.fusegrad-test $(BUILT) lint
 
 test-quick: $(VENV)/.fusegrad-test $(BUILT)
 	$(PYTHON) -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+bench: $(VENV)/.fusegrad-demo $(BUILT)
+	$(PYTHON) bench/run.py $(ARGS)
+
+bench-guard: $(BUILT)
+	$(PYTHON) bench/guard.py
 
 # Every .cu file for every architecture that is supported; needs nvcc and no GPU.
 nvcc: $(VENV)/.fusegrad-test $(BUILT)

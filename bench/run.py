@@ -1,147 +1,127 @@
-"""Forward + backward of every op beside eager torch and torch.compile, in one run, driven by the table of ops.
+"""Every op of the table beside eager code, torch's own function, torch.compile and the peers that are installed, in one run.
 
-The sides take turns, inputs rotate through more than the last-level cache, medians are quoted, and nothing is timed whose result on
-these very inputs differs from its reference. `python bench/run.py --help` lists the options.
+The sides take turns on the same inputs, which rotate through more than the last-level cache; medians and quartiles are quoted, beside
+the speed of a copy of as many bytes in the same run. A side whose result on these very inputs is wrong is not timed.
+
+    python bench/run.py                               the whole table
+    python bench/run.py --quick --ops rms_norm        a minute's look
+    python bench/run.py --host                        what a call costs before it computes anything
+    python bench/run.py --model                       whole training steps
+    python bench/run.py --compare old.json            beside an older run
+
+--recycle runs it with memory that malloc never gives back to the system: without it the sides that take large results from torch's
+CPU allocator spend much of their time on page faults, which fusegrad's pool avoids; with it none does.
 """
 
 import argparse
 import json
-import math
-import platform
-import statistics
+import os
+import signal
 import sys
-import time
 from pathlib import Path
 
+import measure
+import report
+import sides
 import torch
+import torch._functorch.config as functorch_config
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import fusegrad
-from fusegrad import _C
 from fusegrad._op import OPS
-from fusegrad._samples import Make
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHAPES = ("64x1024", "512x2048", "2048x2048", "4096x2048")
-SHAPES_OF = {"cross_entropy": ("1024x32000",)}
-
-
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--shapes", nargs="+", metavar="ROWSxCOLS", help=f"default: {' '.join(SHAPES)}, cross_entropy 1024x32000")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    return parser.parse_args()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+QUICK = ((4, 64), (1024, 1024))
+RECYCLED = dict(MALLOC_MMAP_THRESHOLD_="4294967296", MALLOC_TRIM_THRESHOLD_="9223372036854775807", MALLOC_TOP_PAD_="67108864")
 
 
-def sides(op):
-    """fusegrad; torch's own function or, where it has none, the op's reference; and torch.compile of that."""
-    torch._dynamo.reset()
-
-    def plain(kwargs):
-        return op.functional(**kwargs) if op.torch is None else op.torch(**kwargs)
-
-    def by_reference(f):
-        def call(kwargs):
-            with fusegrad.use_reference():
-                return f(kwargs)
-
-        return call
-
-    return {"fusegrad": lambda kwargs: op.functional(**kwargs), "eager": by_reference(plain), "compile": by_reference(torch.compile(plain))}
-
-
-def prepare(op, dtype, rows, cols, seed):
-    kwargs = op.bench(Make(dtype, seed=seed), rows, cols)
-    leaves = [v.requires_grad_() for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    y = op.functional(**kwargs)
-    return kwargs, leaves, torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def step(f, kwargs, leaves, cotangent):
-    return torch.autograd.grad(f(kwargs), leaves, cotangent)
-
-
-def right(op, f, arguments):
-    """Whether the gradients of a side are those of the reference in float64, as far as its dtype and its way of adding up allow."""
-    kwargs, leaves, cotangent = arguments
-    wide = {
-        k: v.detach().double().requires_grad_() if v.is_floating_point() else v for k, v in kwargs.items() if isinstance(v, torch.Tensor)
-    }
-    with fusegrad.use_reference():
-        expected = torch.autograd.grad(op.functional(**(kwargs | wide)), [v for v in wide.values() if v.requires_grad], cotangent.double())
-    eps = torch.finfo(cotangent.dtype).eps
-    return all((a - b).norm() <= 100 * eps * b.norm() for a, b in zip(step(f, *arguments), expected))
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
+    known = [*sides.OWN, *sides.PEERS]
+    parser.add_argument("--sides", nargs="+", choices=known, default=known, metavar="SIDE", help=f"of {', '.join(known)}")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="ROWSxCOLS", help="default: those of the op's row in the table")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that each side takes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="two small shapes, three rounds")
+    parser.add_argument("--recycle", action="store_true", help="memory that is never given back to the system (glibc)")
+    parser.add_argument("--host", action="store_true", help="microseconds of a call with (4, 64) inputs")
+    parser.add_argument("--model", action="store_true", help="training steps of small networks")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--html", type=Path)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes, args.rounds = args.shapes or QUICK, 3
+    if args.host:
+        args.shapes = ((4, 64),)
+    if args.compare and not args.compare.is_file():
+        parser.error(f"--compare: there is no file {args.compare}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    return args
 
 
-def measure(op, dtype, rows, cols, repeats):
-    each = rows * cols * dtype.itemsize
-    sets = [prepare(op, dtype, rows, cols, seed) for seed in range(max(1, min(8, math.ceil(64e6 / each))))]
-    found = {name: f for name, f in sides(op).items() if right(op, f, sets[0])}
-    inner = max(1, round(2e6 / (rows * cols)))
-    times = {name: [] for name in found}
-    for i in range(repeats + 2):
-        for name, f in found.items():
-            start = time.perf_counter()
-            for j in range(inner):
-                step(f, *sets[(i * inner + j) % len(sets)])
-            if i >= 2:
-                times[name].append((time.perf_counter() - start) / inner)
-    return {name: dict(median=statistics.median(t), low=min(t), high=max(t)) for name, t in times.items()}
+def shape(text):
+    try:
+        rows, cols = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is ROWSxCOLS, got {text!r}") from None
+    return rows, cols
 
 
-def copy_speed(nbytes):
-    a = torch.empty(nbytes // 4).normal_()
-    b = torch.empty_like(a)
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        b.copy_(a)
-        times.append(time.perf_counter() - start)
-    return 2 * a.nbytes / statistics.median(times)
+def write(path, result):
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def main():
     args = parse()
+    if args.recycle and not all(os.environ.get(k) == v for k, v in RECYCLED.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **RECYCLED})
+    os.environ["FUSEGRAD_STRICT"] = "1"
     torch.set_num_threads(args.threads)
-    cells = [
-        (OPS[name], dtype, *map(int, shape.split("x")))
-        for name in args.ops
-        for dtype in args.dtypes
-        for shape in (args.shapes or SHAPES_OF.get(name, SHAPES))
-    ]
-    machine = dict(
-        cpu=platform.processor() or platform.machine(),
-        torch=torch.__version__,
-        fusegrad=fusegrad.__version__,
-        capability=_C.cpu_capability(),
-        threads=args.threads,
-        copy_GB_s=round(copy_speed(64 * 2**20) / 1e9, 1),
-    )
-    console, results = Console(width=132 if not sys.stdout.isatty() else None), []
-    for op, dtype, rows, cols in track(cells, "measuring", console=Console(stderr=True)):
-        times = measure(op, DTYPES[dtype], rows, cols, args.repeats)
-        best = min((t["median"] for name, t in times.items() if name != "fusegrad"), default=math.nan)
-        ratio = times["fusegrad"]["median"] / best if "fusegrad" in times else math.nan
-        results.append(dict(op=op.name, dtype=dtype, rows=rows, cols=cols, times=times, ratio=ratio))
-    table = Table(title="forward + backward, ms (median); ratio: fusegrad over the better of the two others")
-    for column in ("op", "dtype", "rows × cols", "fusegrad", "eager", "compile", "ratio"):
-        table.add_column(column, justify="left" if column in ("op", "dtype") else "right")
-    for r in results:
-        shown = [f"{r['times'][s]['median'] * 1e3:.3f}" if s in r["times"] else "wrong" for s in ("fusegrad", "eager", "compile")]
-        table.add_row(r["op"], r["dtype"], f"{r['rows']} × {r['cols']}", *shown, f"{r['ratio']:.2f}")
-    console.print(table)
-    mean = math.exp(statistics.fmean(math.log(r["ratio"]) for r in results))
-    console.print(f"geometric mean of the ratios: {mean:.2f}    " + "  ".join(f"{k}: {v}" for k, v in machine.items()))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(dict(machine=machine, results=results, geometric_mean=mean), indent=1))
+    functorch_config.donated_buffer = False  # a compiled backward is called again on the same graph
+    signal.signal(signal.SIGTERM, stop)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if args.model:
+        import model
+
+        return model.main(args, console)
+    installed, absent = sides.peers()
+    result = dict(machine=measure.machine(args), absent=absent, cells=[])
+    cells = [(OPS[name], DTYPES[d], *s) for name in args.ops for d in args.dtypes for s in (args.shapes or OPS[name].shapes)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=len(cells))
+            for op, dtype, rows, cols in cells:
+                progress.update(task, description=f"{op.name} {str(dtype)[6:]} {rows}x{cols}")
+                functions = sides.sides_of(op, args.sides, installed)
+                result["cells"].append(measure.measure(op, dtype, rows, cols, functions, args))
+                if args.json:
+                    write(args.json, result)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {len(result['cells'])} of {len(cells)} cells were measured")
+    old = json.loads(args.compare.read_text()) if args.compare else None
+    console.print(report.host_table(result) if args.host else report.table(result, old))
+    console.print(report.footer(result), highlight=False)
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(report.html(result))
+    return any("wrong" in cell["sides"].get("fusegrad", {}) for cell in result["cells"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -194,5 +194,14 @@ def check(op, sample, results, cotangent, which=None):
             )
 
 
+def budget_breach(*args) -> str | None:
+    """What `check` would raise, as text."""
+    try:
+        check(*args)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
 def subsets(keys):
     return itertools.chain.from_iterable(itertools.combinations(keys, n) for n in range(len(keys) + 1))

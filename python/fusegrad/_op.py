@@ -17,6 +17,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 
 OPS: dict[str, Op] = {}
+# Tiny, tall, square, wide, and beyond every cache.
+SHAPES = ((4, 64), (65536, 64), (32768, 256), (4096, 1024), (2048, 4096), (512, 32768), (64, 131072), (8192, 2048))
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Op:
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
+    shapes: tuple = SHAPES  # (rows, cols) that it is timed with
 
     def __post_init__(self):
         OPS[self.name] = self

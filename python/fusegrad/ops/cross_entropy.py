@@ -293,4 +293,5 @@ CROSS_ENTROPY = Op(
     by_reference="integer and complex dtypes, other devices, targets that are probabilities",
     saved_bytes=_saved_bytes,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
+    shapes=((4, 64), (32768, 256), (1024, 32000), (256, 128256)),
 )

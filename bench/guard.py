@@ -1,0 +1,92 @@
+"""That the CPU kernels still compute in vectors: a look at their object code, which needs no clock.
+
+    python bench/guard.py [VARIANT ...]        avx2, avx512 (default: those that were built)
+
+For every op and dtype of the CPU sources there must be an inner loop that computes on the variant's widest registers and on nothing
+else, and none may compute more on single numbers than on vectors: a driver that a compiler stops vectorising, or whose inner loop
+falls back to scalars, fails here before anybody measures it.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REGISTERS = {"avx2": "ymm", "avx512": "zmm", "default": "zmm"}
+DTYPES = ("double", "float", "c10::Half", "c10::BFloat16")
+ARITHMETIC = re.compile(r"v?(add|sub|mul|fn?m(add|sub)\d*)(ps|pd|ss|sd)\b")
+
+
+def objects(variant):
+    return sorted(p for p in (ROOT / "build").glob(f"temp-*/{variant}/**/*_cpu.o"))
+
+
+def functions(path):
+    """(demangled name, [(address, instruction, operands)]) of the object's code."""
+    text = subprocess.run(["objdump", "-d", "-C", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
+    for part in re.split(r"\n(?=[0-9a-f]+ <)", text)[1:]:
+        head, _, body = part.partition("\n")
+        lines = re.findall(r"^\s*([0-9a-f]+):\s+(\S+)[ \t]*(.*)$", body, re.M)
+        yield head, [(int(at, 16), what, operands) for at, what, operands in lines]
+
+
+def loops(code):
+    """The innermost loops: what lies between a jump backwards and where it goes, if no other such jump is in between."""
+    spans = []
+    for at, what, operands in code:
+        target = re.match(r"([0-9a-f]+) <", operands) if what.startswith("j") else None
+        if target and int(target[1], 16) < at:
+            spans.append((int(target[1], 16), at))
+    for first, last in spans:
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+            yield [line for line in code if first <= line[0] <= last]
+
+
+def arithmetic(loop, register):
+    """How many instructions compute on the widest registers, and how many on one number."""
+    found = [(m[3], operands) for _, what, operands in loop if (m := ARITHMETIC.match(what))]
+    return sum(register in o for kind, o in found if kind in ("ps", "pd")), sum(kind in ("ss", "sd") for kind, _ in found)
+
+
+def examine(variant, paths):
+    """(number of kernels, complaints)."""
+    register, complaints, expected = REGISTERS[variant], [], set()
+    wide = defaultdict(int)
+    for source in sorted((ROOT / "csrc/ops").glob("*_cpu.cpp")):
+        for op in re.findall(r"FUSEGRAD_(?:ROWS|MAP)\((\w+)\)", source.read_text()):
+            expected |= {(op, dtype) for dtype in DTYPES}
+    for path in paths:
+        for name, code in functions(path):
+            kernel = re.search(r"(?:RowsCpu|MapCpu)<fusegrad::(\w+), ([\w:]+)", name)
+            if not kernel:
+                continue
+            for loop in loops(code):
+                vectors, scalars = arithmetic(loop, register)
+                wide[kernel.groups()] += vectors if not scalars else 0
+                if 0 < vectors < scalars:
+                    complaints.append(
+                        f"{variant}: {kernel[1]}, {kernel[2]}: {scalars} scalar beside {vectors} vector instructions in a loop"
+                    )
+    complaints += [f"{variant}: {op}, {dtype}: no loop computes on {register}" for op, dtype in sorted(expected) if not wide[op, dtype]]
+    return len(expected), complaints
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", choices=[[], *REGISTERS], metavar="VARIANT")
+    variants = parser.parse_args().variants or [v for v in ("avx2", "avx512") if objects(v)]
+    if not variants:
+        sys.exit("guard.py: no objects of an AVX2 or AVX-512 build in build/: build first (make test does)")
+    failed = False
+    for variant in variants:
+        kernels, complaints = examine(variant, objects(variant))
+        failed |= bool(complaints)
+        print(*complaints, f"{variant}: {kernels} kernels, {len(complaints)} complaints", sep="\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

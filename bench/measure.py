@@ -1,0 +1,223 @@
+"""Times, bytes and memory of one call, and the copy speed beside them."""
+
+import contextlib
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+import fusegrad
+from fusegrad import _C
+from fusegrad._op import Sample
+from fusegrad._samples import Make
+
+PHASES = ("forward", "backward", "both")
+TESTS = str(Path(__file__).resolve().parent.parent / "tests")  # the error budget is theirs
+MOST_MEMORY = 400e6  # bytes of inputs that a cell rotates through
+
+
+def last_level_cache() -> int:
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * {"K": 1024, "M": 2**20}[s[-1]] for s in sizes), default=32 * 2**20)
+
+
+def machine(args) -> dict:
+    """What a reader must know to place the figures."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return dict(
+        date=str(date.today()),
+        device=torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        capability=_C.cpu_capability(),
+        threads=args.threads,
+        last_level_cache_MB=last_level_cache() / 2**20,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        fusegrad=fusegrad.__version__,
+        commit=commit,
+        seed=args.seed,
+        recycled_memory=args.recycle,
+    )
+
+
+@dataclass
+class Call:
+    """One set of arguments: the leaves that gradients are taken of, and the incoming gradient."""
+
+    kwargs: dict
+    leaves: list
+    cotangent: torch.Tensor
+
+    def tensors(self):
+        return [v for v in self.kwargs.values() if isinstance(v, torch.Tensor)]
+
+    def forward(self, f):
+        return f(**self.kwargs)
+
+    def both(self, f):
+        return torch.autograd.grad(f(**self.kwargs), self.leaves, self.cotangent)
+
+
+def prepare(op, dtype, rows, cols, device, seed) -> Call:
+    kwargs = op.bench(Make(dtype, device=device, seed=seed), rows, cols)
+    leaves = [v.requires_grad_() for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    y = op.functional(**kwargs)
+    return Call(kwargs, leaves, torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y))
+
+
+def bytes_moved(call, y) -> dict:
+    """What must be read and written once: forward the arguments and the result, backward the arguments, the incoming gradient and
+    the gradients."""
+    arguments = sum(t.nbytes for t in call.tensors())
+    forward, backward = arguments + y.nbytes, arguments + call.cotangent.nbytes + sum(t.nbytes for t in call.leaves)
+    return dict(forward=forward, backward=backward, both=forward + backward)
+
+
+def saved_bytes(f, call) -> int:
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call.forward(f)
+    return sum(storages.values())
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """The profiler announces itself there."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def peak_bytes(f, call, device) -> int:
+    """The most memory that one forward and backward holds beyond its arguments."""
+    call.both(f)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call.both(f)
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        call.both(f)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+def wrong(op, name, f, call) -> str | None:
+    """Why a side's result on these inputs is not to be trusted: ours by the error budget of the tests, another's by a norm, since it
+    may round in between."""
+    if TESTS not in sys.path:
+        sys.path.append(TESTS)
+    from table import budget_breach, reference
+
+    cotangent = (call.cotangent,)
+    found = {"output 0": call.forward(f).detach()}
+    keys = [k for k, v in call.kwargs.items() if any(v is leaf for leaf in call.leaves)]
+    found |= {f"gradient of {k}": g for k, g in zip(keys, call.both(f))}
+    sample = Sample("bench", {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.kwargs.items()})
+    if name == "fusegrad":
+        return budget_breach(op, sample, found, cotangent, keys)
+    eps = torch.finfo(call.cotangent.dtype).eps
+    for k, r in reference(op, sample, torch.float64, cotangent, keys).items():
+        error = (found[k].double() - r).norm() / r.norm()
+        if not error <= 100 * eps:
+            return f"{k}: relative error {error:.1e}"
+    return None
+
+
+def spread(times) -> dict:
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return dict(median=statistics.median(times), low=low, high=high)
+
+
+class Clock:
+    """Seconds of one call of a function of no arguments: n calls at a time, on the clock of the device."""
+
+    def __init__(self, step, device, threads, least=2e-3):
+        self.step, self.device = step, device
+        self.timer = Timer("step()", globals={"step": step}, num_threads=threads)
+        step()
+        once = self.seconds(1)
+        self.n = max(1, min(10_000, int(least / max(once, 1e-7))))
+
+    def seconds(self, n=None):
+        n = n or self.n
+        if self.device != "cuda":
+            return self.timer.timeit(n).mean
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(n):
+            self.step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / n
+
+
+def steps_of(f, calls, phase):
+    """A function of no arguments that does the phase on the next set of arguments."""
+    turn = itertools.cycle(range(len(calls)))
+    if phase == "backward":
+        graphs = [call.forward(f) for call in calls]
+        return lambda: torch.autograd.grad(graphs[i := next(turn)], calls[i].leaves, calls[i].cotangent, retain_graph=True)
+    return lambda: getattr(calls[next(turn)], phase)(f)
+
+
+def copying(nbytes, device, sets):
+    """A function that moves that many bytes by a copy, through as much memory as the calls."""
+    pairs = [torch.zeros(2, max(1, nbytes // 2), dtype=torch.uint8, device=device) for _ in range(sets)]
+    turn = itertools.cycle(pairs)
+
+    def copy():
+        pair = next(turn)
+        pair[1].copy_(pair[0])
+
+    return copy
+
+
+def measure(op, dtype, rows, cols, sides, args) -> dict:
+    """One cell: every side in turn, on the same inputs."""
+    first = prepare(op, dtype, rows, cols, args.device, args.seed)
+    size = sum(t.nbytes for t in first.tensors())
+    sets = max(1, min(int(MOST_MEMORY // size), -(-2 * last_level_cache() // size), 16))
+    calls = [first, *(prepare(op, dtype, rows, cols, args.device, args.seed + i) for i in range(1, sets))]
+    moved = bytes_moved(first, op.functional(**first.kwargs))
+    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, bytes=moved, sides={})
+    for name, f in sides.items():
+        reason = wrong(op, name, f, first)
+        cell["sides"][name] = dict(wrong=reason) if reason else dict(saved=saved_bytes(f, first), peak=peak_bytes(f, first, args.device))
+    right = {name: f for name, f in sides.items() if "wrong" not in cell["sides"][name]}
+    for phase in PHASES:
+        clocks = {name: Clock(steps_of(f, calls, phase), args.device, args.threads) for name, f in right.items()}
+        clocks[None] = Clock(copying(moved[phase], args.device, sets), args.device, args.threads)
+        times = {name: [] for name in clocks}
+        for _ in range(args.rounds):
+            for name, clock in clocks.items():
+                times[name].append(clock.seconds())
+        cell.setdefault("copy", {})[phase] = copy = spread(times.pop(None))
+        for name, t in times.items():
+            cell["sides"][name][phase] = s = spread(t)
+            s["GB_s"] = moved[phase] / s["median"] / 1e9
+            s["percent_of_copy"] = 100 * copy["median"] / s["median"]
+    return cell

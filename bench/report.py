@@ -1,0 +1,182 @@
+"""A run's figures: summary, table for the terminal, HTML with plots."""
+
+import html as escape
+import io
+import math
+import statistics
+
+from rich.table import Table
+
+OTHERS = ("eager", "native", "compile")
+
+
+def geometric_mean(values):
+    values = list(values)
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def name(cell):
+    return f"{cell['op']} {cell['dtype']} {cell['rows']}x{cell['cols']}"
+
+
+def timed(cell):
+    """The sides that were timed."""
+    return {side: s for side, s in cell["sides"].items() if "wrong" not in s}
+
+
+def best_other(cell):
+    """(side, seconds) of the fastest of what torch has, forward and backward."""
+    found = {side: s["both"]["median"] for side, s in timed(cell).items() if side in OTHERS}
+    return min(found.items(), key=lambda item: item[1]) if found else None
+
+
+def ratio(cell):
+    """fusegrad's time over the best that torch has, forward and backward."""
+    best, own = best_other(cell), timed(cell).get("fusegrad")
+    return own["both"]["median"] / best[1] if own and best else None
+
+
+def of_copy(cell):
+    own = timed(cell).get("fusegrad")
+    return own and own["both"]["median"] / cell["copy"]["both"]["median"]
+
+
+def summary(result) -> dict:
+    cells, cache = result["cells"], result["machine"]["last_level_cache_MB"] * 2**20
+    ratios = {name(c): r for c in cells if (r := ratio(c)) is not None}
+    large = [of_copy(c) for c in cells if c["bytes"]["forward"] > cache and of_copy(c)]
+    slower = []
+    twins = {(c["op"], c["rows"], c["cols"]): c for c in cells if c["dtype"] == "float32"}
+    for c in cells:
+        twin = twins.get((c["op"], c["rows"], c["cols"]))
+        if c["dtype"] == "bfloat16" and twin and "fusegrad" in timed(c) and "fusegrad" in timed(twin):
+            own, wide = (timed(x)["fusegrad"]["both"] for x in (c, twin))
+            if own["low"] > wide["high"]:
+                slower.append(name(c))
+    return dict(
+        ratio=geometric_mean(ratios.values()),
+        above=[f"{k}: {r:.2f}" for k, r in ratios.items() if r > 0.95],
+        of_copy=geometric_mean(large),
+        cells=len(ratios),
+        large_cells=len(large),
+        bfloat16_slower=slower,
+    )
+
+
+def footer(result) -> str:
+    s, m = summary(result), result["machine"]
+    lines = [
+        f"forward + backward over the best of eager, native and compile: geometric mean {s['ratio']:.2f} of {s['cells']} cells",
+        f"cells above 0.95: {', '.join(s['above']) or 'none'}",
+        f"time over that of a copy, cells beyond the last-level cache: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells",
+        f"bfloat16 slower than float32 beyond the spread: {', '.join(s['bfloat16_slower']) or 'none'}",
+        f"not installed: {', '.join(result['absent']) or 'none'}",
+        "  ".join(f"{k}: {v}" for k, v in m.items()),
+    ]
+    return "\n".join(lines)
+
+
+def ms(seconds):
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+HEADER = ("cell", "side", "forward ms", "backward ms", "both ms", "quartiles", "GB/s", "% of copy", "saved MB", "peak MB", "ratio")
+
+
+def rows(result, old=None):
+    """The lines of the table, as text."""
+    before = {name(c): c for c in old["cells"]} if old else {}
+    for cell in result["cells"]:
+        for side, s in cell["sides"].items():
+            first = name(cell) if side == next(iter(cell["sides"])) else ""
+            if "wrong" in s:
+                yield first, side, "wrong", s["wrong"], *[""] * (len(HEADER) - 4), *([""] if old else [])
+                continue
+            both, r = s["both"], ratio(cell) if side == "fusegrad" else None
+            line = (first, side, ms(s["forward"]["median"]), ms(s["backward"]["median"]), ms(both["median"]))
+            line += (f"{ms(both['low'])} – {ms(both['high'])}", f"{both['GB_s']:.1f}", f"{both['percent_of_copy']:.0f}")
+            line += (f"{s['saved'] / 1e6:.2f}", f"{s['peak'] / 1e6:.2f}", "" if r is None else f"{r:.2f}")
+            if old:
+                was = timed(before[name(cell)]).get(side) if name(cell) in before else None
+                line += (f"{both['median'] / was['both']['median']:.2f}" if was else "",)
+            yield line
+
+
+def table(result, old=None) -> Table:
+    t = Table(title="ratio: forward + backward over the best of eager, native and compile")
+    for i, column in enumerate((*HEADER, "over old") if old else HEADER):
+        t.add_column(column, justify="left" if i < 2 else "right", no_wrap=i != 3)
+    for line in rows(result, old):
+        t.add_row(*line, style="bold" if line[1] == "fusegrad" else "", end_section=False)
+    return t
+
+
+def host_table(result) -> Table:
+    t = Table("op", "dtype", "side", "forward µs", "forward + backward µs", title="a call with (4, 64) inputs")
+    for cell in result["cells"]:
+        for side, s in timed(cell).items():
+            t.add_row(cell["op"], cell["dtype"], side, f"{s['forward']['median'] * 1e6:.1f}", f"{s['both']['median'] * 1e6:.1f}")
+    return t
+
+
+def svg(figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight")
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def plots(result):
+    from matplotlib.figure import Figure
+
+    for op in dict.fromkeys(c["op"] for c in result["cells"]):
+        cells = [c for c in result["cells"] if c["op"] == op]
+        names = list(dict.fromkeys(side for c in cells for side in timed(c)))
+        figure = Figure(figsize=(11, 3.2))
+        bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
+        width = 0.8 / max(1, len(names))
+        for i, side in enumerate(names):
+            at = [j + i * width for j, c in enumerate(cells) if side in timed(c)]
+            values = [timed(c)[side]["both"]["percent_of_copy"] for c in cells if side in timed(c)]
+            bars.bar(at, values, width, label=side)
+            per_length = {}
+            for c in cells:
+                if side in timed(c) and c["dtype"] == cells[0]["dtype"]:
+                    per_length.setdefault(c["cols"], []).append(timed(c)[side]["both"]["percent_of_copy"])
+            lines.plot(sorted(per_length), [statistics.fmean(per_length[n]) for n in sorted(per_length)], marker="o", label=side)
+        bars.set_xticks([j + 0.4 for j in range(len(cells))])
+        bars.set_xticklabels(
+            [f"{c['dtype'].replace('float', 'f')} {c['rows']}×{c['cols']}" for c in cells], rotation=60, ha="right", size=7
+        )
+        for axes in (bars, lines):
+            axes.axhline(100, color="gray", lw=0.8, ls=":")
+            axes.set_ylabel("% of copy speed")
+        lines.set_xscale("log", base=2)
+        lines.set_xlabel(f"columns ({cells[0]['dtype']})")
+        bars.legend(fontsize=7)
+        figure.suptitle(f"{op}, forward + backward", size=11)
+        yield svg(figure)
+
+
+STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}svg{max-width:100%;height:auto}
+table{border-collapse:collapse;font-size:12px;font-variant-numeric:tabular-nums}td,th{padding:2px 8px;text-align:right;white-space:nowrap}
+td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}tr.own{font-weight:600;background:#eef5ee}thead th{border-bottom:2px solid #888}
+tr.first td{border-top:1px solid #ccc}"""
+
+
+def html(result) -> str:
+    """One file that needs nothing else."""
+    body = []
+    for line in rows(result):
+        kind = " ".join(filter(None, ("own" if line[1] == "fusegrad" else "", "first" if line[0] else "")))
+        body.append(f'<tr class="{kind}">' + "".join(f"<td>{escape.escape(str(v))}</td>" for v in line) + "</tr>")
+    head = "".join(f"<th>{h}</th>" for h in HEADER)
+    notes = "".join(f"<li>{escape.escape(line)}</li>" for line in footer(result).splitlines())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusegrad bench</title><style>{STYLE}</style>'
+        f"<h1>fusegrad bench, {result['machine']['date']}</h1><ul>{notes}</ul>"
+        "<p>Times are medians. GB/s counts each tensor once: forward the arguments and the result, backward the arguments, the incoming "
+        "gradient and the gradients. 100% of copy is a copy of as many bytes, in the same run. Large results of the sides that use "
+        "torch's CPU allocator are in fresh memory, whose page faults are part of their time unless recycled_memory is true.</p>"
+        + "".join(plots(result))
+        + f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></html>\n"
+    )

@@ -1,0 +1,50 @@
+"""What is timed: fusegrad, what torch has, and the peers that are installed."""
+
+import importlib
+from pathlib import Path
+
+import torch
+
+import fusegrad
+
+OWN = ("fusegrad", "eager", "native", "compile")
+PEERS = sorted(p.stem for p in (Path(__file__).parent / "peers").glob("[a-z]*.py"))
+
+
+def eager(op):
+    def call(**kwargs):
+        with fusegrad.use_reference():
+            return op.functional(**kwargs)
+
+    return call
+
+
+def compiled(op):
+    """torch.compile of the reference, as a user would compile eager code; of torch's own function where there is one."""
+    torch._dynamo.reset()
+    f = torch.compile(op.torch or op.functional, dynamic=False)
+
+    def call(**kwargs):
+        with fusegrad.use_reference():
+            return f(**kwargs)
+
+    return call
+
+
+def peers() -> tuple[dict, dict]:
+    """The adapters that can be used here, and why the others cannot."""
+    found, absent = {}, {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.import_module(f"peers.{name}").load()
+        except (ImportError, AttributeError, RuntimeError, OSError) as error:
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    return found, absent
+
+
+def sides_of(op, wanted, installed) -> dict:
+    every = dict(fusegrad=lambda: op.functional, eager=lambda: eager(op), compile=lambda: compiled(op))
+    if op.torch is not None:
+        every["native"] = lambda: op.torch
+    every |= {name: (lambda f=functions[op.name]: f) for name, functions in installed.items() if op.name in functions}
+    return {name: every[name]() for name in (*OWN, *PEERS) if name in every and name in wanted}
