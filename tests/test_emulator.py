@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from emulator import build
@@ -54,3 +55,13 @@ def test_emulator_runs_correct_kernels(name, flags):
 
 def test_emulator_under_asan_catches_out_of_bounds():
     assert "heap-buffer-overflow" in planted("out_of_bounds", 0, "-fsanitize=address").stderr
+
+
+@pytest.mark.slow
+def test_emulated_kernels_under_asan():
+    """Every path of the drivers in every dtype, on tensors that end where their memory ends."""
+    runtime = subprocess.run([build.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "FUSEGRAD_EMULATOR_SANITIZE": "address"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "paths and (contiguous or strided)"]
+    done = subprocess.run([*command, str(build.HERE.parent / "test_emulated.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, (done.stdout + done.stderr)[-3000:]

@@ -217,17 +217,17 @@ class RowsCpu {
   }
 
   template <class V, class H>
-  static H across_lanes(const V& sum) {
+  static H across_lanes(V sum) {
     constexpr int n = sizeof(H) / sizeof(S);
     static_assert(sizeof(V) == n * sizeof(A), "a sum holds nothing but fields of the accumulate type");
-    alignas(64) S lanes[n][W];
-    H part[W];
-    for (int i = 0; i < n; ++i) reinterpret_cast<const A*>(&sum)[i].store(lanes[i]);
-    for (int w = 0; w < W; ++w)
-      for (int i = 0; i < n; ++i) reinterpret_cast<S*>(part + w)[i] = lanes[i][w];
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int w = 0; w < half; ++w) part[w].merge(part[w + half]);
-    return part[0];
+    for (int half = W / 2; half > 0; half /= 2) {
+      V upper;
+      for (int i = 0; i < n; ++i) reinterpret_cast<A*>(&upper)[i] = lanes_down(reinterpret_cast<const A*>(&sum)[i], half);
+      sum.merge(upper);
+    }
+    H first;
+    for (int i = 0; i < n; ++i) std::memcpy(reinterpret_cast<S*>(&first) + i, reinterpret_cast<const A*>(&sum) + i, sizeof(S));
+    return first;
   }
 
   template <bool sum_columns, bool tail, bool past>

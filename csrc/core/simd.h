@@ -16,6 +16,30 @@ namespace {
 template <class A>
 constexpr int kStep = 2 * Lanes<A>::count;
 
+// Lane i of the result is lane i + by of v, round the end.
+template <class A>
+FUSEGRAD_FN A lanes_down(const A& v, int by) {
+  constexpr int n = Lanes<A>::count;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (n == 16)
+    return _mm512_permutexvar_ps(
+        _mm512_add_epi32(_mm512_set1_epi32(by), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)), v);
+  else
+    return _mm512_permutexvar_pd(_mm512_add_epi64(_mm512_set1_epi64(by), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)), v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (n == 8) {
+    return _mm256_permutevar8x32_ps(v, _mm256_add_epi32(_mm256_set1_epi32(by), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+  } else {
+    return by == 2 ? _mm256_permute4x64_pd(v, 0b01001110) : _mm256_permute4x64_pd(v, 0b00111001);
+  }
+#else
+  Scalar<A> lanes[2 * n];
+  v.store(lanes);
+  v.store(lanes + n);
+  return A::loadu(lanes + by);
+#endif
+}
+
 // Between bfloat16 and float, in half of the instructions that at::vec takes: bfloat16 is the upper half of a float.
 #if defined(CPU_CAPABILITY_AVX512)
 FUSEGRAD_FN Vec<float> widened(const BFloat16* p) {

@@ -80,7 +80,7 @@ def program(source, *flags):
 
 
 def extension():
-    """The loaded module."""
+    """The loaded module; its kernels watch over memory with FUSEGRAD_EMULATOR_SANITIZE=address (and the runtime preloaded)."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -89,11 +89,14 @@ def extension():
     ops = sorted((ROOT / "csrc/ops").glob("*.cpp"))
     sources = [(f, host) for f in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/host").glob("*.cpp"))]]
     sources += [(f, host) for f in ops if not f.name.endswith("_cpu.cpp")]
-    sources += [(f, [*EMULATED, *include]) for f in [*sorted((ROOT / "csrc/ops").glob("*_cuda.cu")), HERE / "entry.cpp"]]
-    link = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    wish = os.environ.get("FUSEGRAD_EMULATOR_SANITIZE")
+    sanitize = [f"-fsanitize={wish}"] if wish else []
+    folder = BUILD / "-".join(filter(None, (torch.__version__, wish)))
+    sources += [(f, [*EMULATED, *include, *sanitize]) for f in [*sorted((ROOT / "csrc/ops").glob("*_cuda.cu")), HERE / "entry.cpp"]]
+    link = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", *sanitize]
     with locked(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(lambda source: compiled(*source, BUILD / torch.__version__), sources))
-        path = linked(f"_C_emulated{sysconfig.get_config_var('EXT_SUFFIX')}", objects, link)
+        objects = list(pool.map(lambda source: compiled(*source, folder), sources))
+        path = linked(folder / f"_C_emulated{sysconfig.get_config_var('EXT_SUFFIX')}", objects, link)
     spec = importlib.util.spec_from_file_location("_C_emulated", path)
     module = sys.modules.get("_C_emulated") or importlib.util.module_from_spec(spec)
     if "_C_emulated" not in sys.modules:
