@@ -11,7 +11,12 @@ BEGIN, END = "<!-- figures: python bench/readme.py -->\n", "<!-- end of figures 
 
 
 def newest():
-    return max(path for path in RESULTS.glob("*.json") if "cells" in json.loads(path.read_text()))
+    """The longest CPU run of the last day."""
+    runs = {path: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    runs = {path: run for path, run in runs.items() if "cells" in run and run["machine"].get("kind") != "cuda"}
+    if not runs:
+        raise SystemExit(f"no results of a CPU run in {RESULTS}: make one by bench/run.py --json")
+    return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path]["cells"])))
 
 
 def render(path) -> str:
@@ -31,12 +36,12 @@ def render(path) -> str:
                 f"| {cell['op']} | {cell['dtype']} | {cell['rows']} × {cell['cols']} | {report.ms(own['both']['median'])} "
                 f"| {report.ms(best[1])} ({best[0]}) | {report.ratio(cell):.2f} | {own['both']['percent_of_copy']:.0f} |"
             )
+    large = f"Time over that of a copy, for the {s['large_cells']} cells beyond\nthe last-level cache: {s['of_copy']:.2f}. "
     above = f"; above 0.95: {', '.join(s['above'])}" if s["above"] else ""
     lines += [
         "",
-        f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells{above}. Time over that of a copy, for the "
-        f"{s['large_cells']} cells beyond",
-        f"the last-level cache: {s['of_copy']:.2f}. All figures: `bench/results/{path.name}`.",
+        f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells{above}.",
+        f"{large if s['large_cells'] else ''}All figures: `bench/results/{path.name}`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -70,7 +70,7 @@ def footer(result) -> str:
         f"cells above 0.95: {', '.join(s['above']) or 'none'}",
         f"time over that of a copy, cells beyond the last-level cache: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells",
         f"bfloat16 slower than float32 beyond the spread: {', '.join(s['bfloat16_slower']) or 'none'}",
-        f"not installed: {', '.join(result['absent']) or 'none'}",
+        f"absent: {', '.join(f'{peer} ({why})' for peer, why in result['absent'].items()) or 'none'}",
         "  ".join(f"{k}: {v}" for k, v in m.items()),
     ]
     return "\n".join(lines)
@@ -175,7 +175,9 @@ def html(result) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusegrad bench</title><style>{STYLE}</style>'
         f"<h1>fusegrad bench, {result['machine']['date']}</h1><ul>{notes}</ul>"
         "<p>Times are medians. GB/s counts each tensor once: forward the arguments and the result, backward the arguments, the incoming "
-        "gradient and the gradients. 100% of copy is a copy of as many bytes, in the same run. Large results of the sides that use "
+        "gradient and the gradients. 100% of copy is a copy of as many bytes, in the same run; more is "
+        "possible where a backward finds in the caches what its forward read, or where stores past the caches beat those of the copy. "
+        "Large results of the sides that use "
         "torch's CPU allocator are in fresh memory, whose page faults are part of their time unless recycled_memory is true.</p>"
         + "".join(plots(result))
         + f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></html>\n"

@@ -14,6 +14,7 @@ CPU allocator spend much of their time on page faults, which fusegrad's pool avo
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -42,9 +43,9 @@ def parse(argv=None):
     parser.add_argument("--sides", nargs="+", choices=known, default=known, metavar="SIDE", help=f"of {', '.join(known)}")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="ROWSxCOLS", help="default: those of the op's row in the table")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9, help="turns that each side takes")
+    parser.add_argument("--rounds", type=positive, default=9, help="turns that each side takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two small shapes, three rounds")
     parser.add_argument("--recycle", action="store_true", help="memory that is never given back to the system (glibc)")
@@ -58,17 +59,29 @@ def parse(argv=None):
         args.shapes, args.rounds = args.shapes or QUICK, 3
     if args.host:
         args.shapes = ((4, 64),)
-    if args.compare and not args.compare.is_file():
-        parser.error(f"--compare: there is no file {args.compare}")
+    args.old = None
+    if args.compare:  # now, as --json may overwrite it
+        if not args.compare.is_file():
+            parser.error(f"--compare: there is no file {args.compare}")
+        with contextlib.suppress(ValueError):
+            args.old = json.loads(args.compare.read_text())
+        if not isinstance(args.old, dict) or "cells" not in args.old:
+            parser.error(f"--compare: {args.compare} is not what --json writes")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     return args
 
 
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1 on, got {text!r}")
+    return int(text)
+
+
 def shape(text):
     try:
-        rows, cols = map(int, text.lower().split("x"))
-    except ValueError:
+        rows, cols = map(positive, text.lower().split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"a shape is ROWSxCOLS, got {text!r}") from None
     return rows, cols
 
@@ -98,10 +111,11 @@ def main():
         import model
 
         return model.main(args, console)
-    installed, absent = sides.peers()
+    installed, absent = sides.peers(args.device)
     result = dict(machine=measure.machine(args), absent=absent, cells=[])
     cells = [(OPS[name], DTYPES[d], *s) for name in args.ops for d in args.dtypes for s in (args.shapes or OPS[name].shapes)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    interrupted = False
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=len(cells))
@@ -113,13 +127,15 @@ def main():
                     write(args.json, result)
                 progress.advance(task)
     except KeyboardInterrupt:
+        interrupted = True
         console.print(f"interrupted: {len(result['cells'])} of {len(cells)} cells were measured")
-    old = json.loads(args.compare.read_text()) if args.compare else None
-    console.print(report.host_table(result) if args.host else report.table(result, old))
+    console.print(report.host_table(result) if args.host else report.table(result, args.old))
     console.print(report.footer(result), highlight=False)
     if args.html:
         args.html.parent.mkdir(parents=True, exist_ok=True)
         args.html.write_text(report.html(result))
+    if interrupted:
+        return 130
     return any("wrong" in cell["sides"].get("fusegrad", {}) for cell in result["cells"])
 
 

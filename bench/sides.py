@@ -31,14 +31,20 @@ def compiled(op):
     return call
 
 
-def peers() -> tuple[dict, dict]:
-    """The adapters that can be used here, and why the others cannot."""
+def peers(device) -> tuple[dict, dict]:
+    """The adapters that can be used on the device, and why the others cannot."""
     found, absent = {}, {}
     for name in PEERS:
         try:
-            found[name] = importlib.import_module(f"peers.{name}").load()
-        except (ImportError, AttributeError, RuntimeError, OSError) as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            adapter = importlib.import_module(f"peers.{name}")
+            functions = adapter.load()
+        except Exception as error:  # an import raises anything where a driver or a compiler is missing
+            absent[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
+        if device in adapter.DEVICES:
+            found[name] = functions
+        else:
+            absent[name] = f"runs on {', '.join(adapter.DEVICES)} only"
     return found, absent
 
 

@@ -3,11 +3,13 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,9 +53,11 @@ def test_every_figure_of_a_small_run(tmp_path):
         assert ("native" in cell["sides"]) == (OPS[cell["op"]].torch is not None)
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == len(OPS) and "<script" not in page and "src=" not in page
-    assert "geometric mean" in done.stdout and "not installed: " in done.stdout
-    again = bench(*QUICK, *own, "--ops", "swiglu", "--compare", tmp_path / "new" / "r.json")
+    assert "geometric mean" in done.stdout and "absent: apex" in done.stdout
+    old = tmp_path / "new" / "r.json"
+    again = bench(*QUICK, *own, "--ops", "swiglu", "--compare", old, "--json", old)
     assert again.returncode == 0 and "over old" in again.stdout
+    assert len(json.loads(old.read_text())["cells"]) == 2  # written over only after it was read
 
 
 @pytest.mark.slow
@@ -88,16 +92,19 @@ def test_a_broken_kernel_is_not_timed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option, known", (("--ops", "rms_norm"), ("--sides", "liger_kernel"), ("--dtypes", "bfloat16"), ("--shapes", "ROWSxCOLS"))
+    "option, known",
+    (("--ops", "rms_norm"), ("--sides", "liger_kernel"), ("--dtypes", "bfloat16"), ("--shapes", "ROWSxCOLS"), ("--rounds", "from 1 on")),
 )
 def test_unknown_names_list_the_known_ones(option, known):
     done = bench(option, "nonsense")
     assert done.returncode == 2 and known in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_file_to_compare_with_that_is_not_there():
+def test_a_file_to_compare_with_that_is_not_there_or_another():
     done = bench("--compare", "missing.json")
     assert done.returncode == 2 and "there is no file missing.json" in done.stderr
+    done = bench("--compare", __file__)
+    assert done.returncode == 2 and "is not what --json writes" in done.stderr
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
@@ -111,6 +118,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[0]
     cells = json.loads(path.read_text())["cells"]
+    assert process.returncode == 130
     assert 0 < len(cells) < 2 * len(shapes) and f"interrupted: {len(cells)} of {2 * len(shapes)} cells" in said
 
 
@@ -121,7 +129,8 @@ def test_peers(tmp_path, monkeypatch):
     )
     (tmp_path / "quack.py").open("a").write("cross_entropy = torch.nn.functional.cross_entropy\n")
     monkeypatch.syspath_prepend(tmp_path)
-    installed, absent = sides.peers()
+    assert sides.peers("cpu")[1]["quack"] == "runs on cuda only"
+    installed, absent = sides.peers("cuda")
     assert "quack" in installed and "apex" in absent and "No module named" in absent["apex"]
     functions = sides.sides_of(OPS["rms_norm"], ("fusegrad", "quack", "apex"), installed)
     assert list(functions) == ["fusegrad", "quack"]
@@ -135,6 +144,27 @@ def test_peers(tmp_path, monkeypatch):
 def test_a_peer_that_is_wrong_is_refused():
     call = measure.prepare(OPS["swiglu"], torch.float32, 5, 16, "cpu", 0)
     assert "relative error" in measure.wrong(OPS["swiglu"], "peer", lambda gate: fusegrad.functional.swiglu(gate) * 1.01, call)
+
+
+def test_a_side_that_raises_is_refused_and_the_others_are_timed():
+    def raises(gate):
+        raise ValueError("no gradient here\nand more")
+
+    args = SimpleNamespace(device="cpu", seed=0, threads=1, rounds=2)
+    peers = dict(fusegrad=fusegrad.functional.swiglu, peer=raises)
+    cell = measure.measure(OPS["swiglu"], torch.float32, 4, 8, peers, args)
+    assert cell["sides"]["peer"] == dict(wrong="ValueError: no gradient here") and positive(cell["sides"]["fusegrad"])
+
+
+def test_the_results_shown_are_the_longest_of_the_last_day_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="no results"):
+        readme.newest()
+    runs = dict(a=("2026-01-02", "cpu", 2), b=("2026-01-02", "cpu", 1), c=("2026-01-03", "cuda", 9), d=("2026-01-01", "cpu", 9))
+    for name, (date, kind, cells) in runs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(machine=dict(date=date, kind=kind), cells=[{}] * cells)))
+    (tmp_path / "gpu.json").write_text("{}")
+    assert readme.newest().name == "a.json"
 
 
 def test_readme_shows_the_newest_results():
@@ -155,8 +185,14 @@ def test_summary():
     assert found == dict(ratio=0.5, above=["a bfloat16 1x1: 1.00"], of_copy=2.0, cells=2, large_cells=2, bfloat16_slower=["a bfloat16 1x1"])
 
 
-def test_guard():
-    """The vector variants pass; the baseline, which has no such registers, shows that the guard sees what it looks for."""
+def scalar(code):
+    """The same instructions on single numbers."""
+    return [(at, re.sub(r"p([sd])$", r"s\1", what), re.sub(r"[yz]mm", "xmm", operands)) for at, what, operands in code]
+
+
+def test_guard(monkeypatch):
+    """The vector variants pass; the baseline, which has no such registers, fails for every kernel; and a vector build fails for the
+    one kernel whose loops are scalar, all of them or half."""
     variants = [v for v in ("avx2", "avx512") if guard.objects(v)]
     assert variants, "no objects in build/: build with `make test`"
     for variant in variants:
@@ -164,3 +200,14 @@ def test_guard():
         assert kernels >= 4 * len(OPS) and not complaints
     kernels, complaints = guard.examine("default", guard.objects("default"))
     assert len(complaints) == kernels
+    functions = guard.functions
+    for part in ("", ">::chunks<true>"):
+
+        def mutated(path, lost="MapCpu<fusegrad::SwiGLUFwd, c10::BFloat16" + part):
+            for name, code in functions(path):
+                yield name, scalar(code) if lost in name else code
+
+        monkeypatch.setattr(guard, "functions", mutated)
+        for variant in variants:
+            complaints = guard.examine(variant, guard.objects(variant))[1]
+            assert len(complaints) == 1 and "SwiGLUFwd, c10::BFloat16" in complaints[0], complaints

@@ -1,5 +1,7 @@
 """flash-attn: its Triton norm and cross entropy, for a GPU."""
 
+DEVICES = ("cuda",)
+
 
 def load():
     from flash_attn.losses.cross_entropy import CrossEntropyLoss

@@ -1,5 +1,7 @@
 """Liger-Kernel: Triton kernels, for a GPU."""
 
+DEVICES = ("cuda",)
+
 
 def load():
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_rms_norm, liger_swiglu
@@ -10,4 +12,5 @@ def load():
     def swiglu(gate):
         return liger_swiglu(*gate.chunk(2, -1))
 
+    # Cloned, as it writes the gradient over the logits.
     return dict(rms_norm=rms_norm, swiglu=swiglu, cross_entropy=lambda input, target: liger_cross_entropy(input.clone(), target))

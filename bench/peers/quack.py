@@ -1,5 +1,7 @@
 """quack: CuTe-DSL kernels, for Hopper and later."""
 
+DEVICES = ("cuda",)
+
 
 def load():
     from quack import cross_entropy, rmsnorm

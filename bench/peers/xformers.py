@@ -1,4 +1,6 @@
-"""xformers: Triton RMS norm, for a GPU."""
+"""xformers: Triton RMS norm, for a GPU; versions without its gradient are refused with what they say."""
+
+DEVICES = ("cuda",)
 
 
 def load():
