@@ -152,7 +152,7 @@ def plots(result):
             axes.set_ylabel("% of copy speed")
         lines.set_xscale("log", base=2)
         lines.set_xlabel(f"columns ({cells[0]['dtype']})")
-        bars.legend(fontsize=7)
+        lines.legend(fontsize=7)
         figure.suptitle(f"{op}, forward + backward", size=11)
         yield svg(figure)
 

@@ -86,9 +86,9 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 def test_a_broken_kernel_is_not_timed(tmp_path):
     done = bench(BENCH / "run.py", *QUICK, "--ops", "rms_norm", "--sides", "fusegrad", "eager", "--json", tmp_path / "r.json", code=BROKEN)
-    assert done.returncode == 1 and "over the budget" in done.stdout, done.stderr
+    assert done.returncode == 1 and "wrong" in done.stdout, done.stderr
     for cell in json.loads((tmp_path / "r.json").read_text())["cells"]:
-        assert cell["sides"]["fusegrad"].keys() == {"wrong"} and "both" in cell["sides"]["eager"]
+        assert "over the budget" in cell["sides"]["fusegrad"]["wrong"] and "both" in cell["sides"]["eager"]
 
 
 @pytest.mark.parametrize(
