@@ -141,9 +141,10 @@ def test_peers(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
-def test_a_peer_that_is_wrong_is_refused():
-    call = measure.prepare(OPS["swiglu"], torch.float32, 5, 16, "cpu", 0)
-    assert "relative error" in measure.wrong(OPS["swiglu"], "peer", lambda gate: fusegrad.functional.swiglu(gate) * 1.01, call)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_peer_that_is_wrong_is_refused(dtype):
+    call = measure.prepare(OPS["swiglu"], dtype, 5, 16, "cpu", 0)
+    assert "relative error" in measure.wrong(OPS["swiglu"], "peer", lambda gate: fusegrad.functional.swiglu(gate) * 1.05, call)
 
 
 def test_a_side_that_raises_is_refused_and_the_others_are_timed():
