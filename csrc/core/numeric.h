@@ -50,6 +50,14 @@ FUSEGRAD_FN float log(float a) { return ::logf(a); }
 FUSEGRAD_FN double log(double a) { return ::log(a); }
 FUSEGRAD_FN float tanh(float a) { return ::tanhf(a); }
 FUSEGRAD_FN double tanh(double a) { return ::tanh(a); }
+FUSEGRAD_FN float erf(float a) { return ::erff(a); }
+FUSEGRAD_FN double erf(double a) { return ::erf(a); }
+FUSEGRAD_FN float expm1(float a) { return ::expm1f(a); }
+FUSEGRAD_FN double expm1(double a) { return ::expm1(a); }
+FUSEGRAD_FN float log1p(float a) { return ::log1pf(a); }
+FUSEGRAD_FN double log1p(double a) { return ::log1p(a); }
+FUSEGRAD_FN float absolute(float a) { return ::fabsf(a); }
+FUSEGRAD_FN double absolute(double a) { return ::fabs(a); }
 // 1 / sqrt and not the approximate instruction: half an ulp matters to the gradient of a float32 norm.
 FUSEGRAD_FN float rsqrt(float a) { return 1.0f / ::sqrtf(a); }
 FUSEGRAD_FN double rsqrt(double a) { return 1.0 / ::sqrt(a); }
@@ -65,6 +73,11 @@ FUSEGRAD_FN if_scalar<S> select(bool mask, S yes, S no) {
 template <class S>
 FUSEGRAD_FN if_scalar<S> larger(S a, S b) {
   return a != a || a > b ? a : b;
+}
+// The smaller one; NaN if either is NaN.
+template <class S>
+FUSEGRAD_FN if_scalar<S> smaller(S a, S b) {
+  return a != a || a < b ? a : b;
 }
 // Rounded to the stored type T and back.
 template <class T, class S>
@@ -152,12 +165,36 @@ FUSEGRAD_FN Vec<S> tanh(Vec<S> a) {
   return a.tanh();
 }
 template <class S>
+FUSEGRAD_FN Vec<S> erf(Vec<S> a) {
+  return a.erf();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> expm1(Vec<S> a) {
+  return a.expm1();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> log1p(Vec<S> a) {
+  return a.log1p();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> log(Vec<S> a) {
+  return a.log();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> absolute(Vec<S> a) {
+  return a.abs();
+}
+template <class S>
 FUSEGRAD_FN Vec<S> select(Vec<S> mask, Vec<S> yes, Vec<S> no) {
   return Vec<S>::blendv(no, yes, mask);
 }
 template <class S>
 FUSEGRAD_FN Vec<S> larger(Vec<S> a, Vec<S> b) {
   return at::vec::maximum(a, b);
+}
+template <class S>
+FUSEGRAD_FN Vec<S> smaller(Vec<S> a, Vec<S> b) {
+  return at::vec::minimum(a, b);
 }
 template <class T, class S>
 FUSEGRAD_FN Vec<S> rounded(Vec<S> a) {

@@ -34,10 +34,16 @@ class Op:
     torch: Callable | None = None  # torch's function of the same arguments, where it has one
     permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
     rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
+    constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
+
+    @property
+    def family(self) -> str:
+        """The file that holds it in python/fusegrad/ops and csrc/ops, alone or with its sisters."""
+        return self.functional.__module__.rpartition(".")[2]
 
     def __post_init__(self):
         OPS[self.name] = self

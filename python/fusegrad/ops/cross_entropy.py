@@ -283,6 +283,7 @@ def _like_torch(
 
 CROSS_ENTROPY = Op(
     name="cross_entropy",
+    constants=("weight", "num_items"),
     fn=CrossEntropyFn,
     functional=cross_entropy,
     reference=cross_entropy_reference,

@@ -1,0 +1,128 @@
+// The activations that ops apply to an element on its way: values and first derivatives, by number in the order of
+// python/fusegrad/_activations.py, which has their references. Where torch has the function, NaN and infinity, and the derivative
+// at a corner, are torch's.
+//
+// gelu: Hendrycks & Gimpel 2016, arXiv:1606.08415. silu: Elfwing et al. 2017, arXiv:1702.03118. mish: Misra 2019,
+// arXiv:1908.08681. elu: Clevert et al. 2015, arXiv:1511.07289. squared_relu: So et al. 2021, arXiv:2109.08668. hardswish:
+// Howard et al. 2019, arXiv:1905.02244.
+#pragma once
+
+#include "../core/numeric.h"
+
+namespace fusegrad {
+
+enum class Act : int8_t {
+  identity,
+  relu,
+  leaky_relu,
+  sigmoid,
+  tanh,
+  exp,
+  square,
+  cube,
+  squared_relu,
+  gelu,
+  gelu_tanh,
+  silu,
+  softplus,
+  elu,
+  mish,
+  hardswish,
+};
+
+struct Activation {
+  Act kind;
+  double negative_slope = 0;  // of leaky_relu
+
+  template <class A>
+  FUSEGRAD_FN A value(A x) const {
+    switch (kind) {
+      case Act::relu: return larger(x, A(0));
+      case Act::leaky_relu: return select(x > A(0), x, x * slope<A>());
+      case Act::sigmoid: return sigmoid(x);
+      case Act::tanh: return tanh(x);
+      case Act::exp: return exp(x);
+      case Act::square: return x * x;
+      case Act::cube: return x * x * x;
+      case Act::squared_relu: return square(larger(x, A(0)));
+      case Act::gelu: return x * normal_below(x);
+      case Act::gelu_tanh: return of<A>(0.5) * x * (A(1) + tanh(tanh_argument(x)));
+      case Act::silu: return x * sigmoid(x);
+      case Act::softplus: return select(x > A(20), x, log1p(exp(smaller(x, A(20)))));
+      case Act::elu: return select(x < A(0), expm1(x), x);
+      case Act::mish: return x * tanh_of_softplus(x);
+      case Act::hardswish: return x * smaller(larger(x + A(3), A(0)), A(6)) * of<A>(1.0 / 6);
+      default: return x;
+    }
+  }
+
+  template <class A>
+  FUSEGRAD_FN A derivative(A x) const {
+    switch (kind) {
+      case Act::relu: return select(x <= A(0), A(0), A(1));
+      case Act::leaky_relu: return select(x > A(0), A(1), slope<A>());
+      case Act::sigmoid: {
+        const A s = sigmoid(x);
+        return s * (A(1) - s);
+      }
+      case Act::tanh: return A(1) - square(tanh(x));
+      case Act::exp: return exp(x);
+      case Act::square: return A(2) * x;
+      case Act::cube: return A(3) * x * x;
+      case Act::squared_relu: return A(2) * larger(x, A(0));
+      case Act::gelu: return normal_below(x) + x * of<A>(0.3989422804014327) * exp(of<A>(-0.5) * x * x);
+      case Act::gelu_tanh: {
+        const A t = tanh(tanh_argument(x)), near = bounded(x);
+        const A slope = of<A>(kTanhScale) * (A(1) + of<A>(3 * kTanhCube) * near * near);
+        return of<A>(0.5) * (A(1) + t) + of<A>(0.5) * x * (A(1) - t * t) * slope;
+      }
+      case Act::silu: {
+        const A s = sigmoid(x);
+        return s * fma(x, A(1) - s, A(1));
+      }
+      case Act::softplus: return select(x > A(20), A(1), sigmoid(x));
+      case Act::elu: return select(x <= A(0), exp(x), A(1));
+      case Act::mish: {
+        const A t = tanh_of_softplus(x);
+        return t + x * (A(1) - t * t) * sigmoid(x);
+      }
+      case Act::hardswish: return select(x < A(-3), A(0), select(x <= A(3), x * of<A>(1.0 / 3) + of<A>(0.5), A(1)));
+      default: return A(1);
+    }
+  }
+
+ private:
+  static constexpr double kTanhScale = 0.7978845608028654, kTanhCube = 0.044715;  // sqrt(2 / pi)
+
+  template <class A>
+  FUSEGRAD_FN static A of(double value) {
+    return A(Scalar<A>(value));
+  }
+  template <class A>
+  FUSEGRAD_FN A slope() const {
+    return of<A>(negative_slope);
+  }
+  // P(X < x) of a standard normal X.
+  template <class A>
+  FUSEGRAD_FN static A normal_below(A x) {
+    return of<A>(0.5) * (A(1) + erf(x * of<A>(0.7071067811865476)));
+  }
+  // Beyond 30 tanh is 1, and a square might overflow where the result does not.
+  template <class A>
+  FUSEGRAD_FN static A bounded(A x) {
+    return smaller(larger(x, A(-30)), A(30));
+  }
+  template <class A>
+  FUSEGRAD_FN static A tanh_argument(A x) {
+    const A near = bounded(x);
+    return of<A>(kTanhScale) * near * (A(1) + of<A>(kTanhCube) * near * near);
+  }
+  // (e^2 + 2 e) / (e^2 + 2 e + 2) with e = exp(x): one exponential for two functions, and no digit lost for negative x.
+  template <class A>
+  FUSEGRAD_FN static A tanh_of_softplus(A x) {
+    const A e = exp(smaller(x, A(20))), n = e * (e + A(2));
+    return n / (n + A(2));
+  }
+};
+
+}  // namespace fusegrad
