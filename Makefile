@@ -7,13 +7,17 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 # Test workers: one per core.
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-quick bench bench-guard nvcc gpu lint format clean
+.PHONY: demo test test-all test-quick bench bench-guard nvcc gpu lint format clean
 
 demo: $(VENV)/.fusegrad-demo $(BUILT)
 	$(PYTHON) examples/train_gpt.py $(ARGS)
 
 test: $(VENV)/.fusegrad-test $(BUILT) lint
 	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+
+# What `make test` runs in turns, commit by commit, all at once.
+test-all: $(VENV)/.fusegrad-test $(BUILT) lint
+	$(PYTHON) -m pytest -n $(JOBS) --all $(ARGS)
 
 test-quick: $(VENV)/.fusegrad-test $(BUILT)
 	$(PYTHON) -m pytest -n $(JOBS) -m "not slow" $(ARGS)

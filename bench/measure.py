@@ -57,34 +57,40 @@ def machine(args) -> dict:
 
 @dataclass
 class Call:
-    """One set of arguments: the leaves that gradients are taken of, and the incoming gradient."""
+    """One set of arguments: the leaves that gradients are taken of, by name, and the incoming gradients."""
 
     kwargs: dict
-    leaves: list
-    cotangent: torch.Tensor
+    leaves: dict
+    cotangents: tuple = ()
 
     def tensors(self):
         return [v for v in self.kwargs.values() if isinstance(v, torch.Tensor)]
 
-    def forward(self, f):
-        return f(**self.kwargs)
+    def forward(self, f) -> tuple:
+        y = f(**self.kwargs)
+        return y if isinstance(y, tuple) else (y,)
 
     def both(self, f):
-        return torch.autograd.grad(f(**self.kwargs), self.leaves, self.cotangent)
+        return self.backward(self.forward(f))
+
+    def backward(self, outputs, **options):
+        return torch.autograd.grad(outputs, list(self.leaves.values()), self.cotangents, **options)
 
 
 def prepare(op, dtype, rows, cols, device, seed) -> Call:
     kwargs = op.bench(Make(dtype, device=device, seed=seed), rows, cols)
-    leaves = [v.requires_grad_() for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    y = op.functional(**kwargs)
-    return Call(kwargs, leaves, torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y))
+    floating = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    call = Call(kwargs, {k: v.requires_grad_() for k, v in floating.items() if k not in op.constants})
+    generator = torch.Generator().manual_seed(seed)
+    call.cotangents = tuple(torch.randn(y.shape, generator=generator).to(y) for y in call.forward(op.functional))
+    return call
 
 
-def bytes_moved(call, y) -> dict:
-    """What must be read and written once: forward the arguments and the result, backward the arguments, the incoming gradient and
+def bytes_moved(call) -> dict:
+    """What must be read and written once: forward the arguments and the results, backward the arguments, the incoming gradients and
     the gradients."""
-    arguments = sum(t.nbytes for t in call.tensors())
-    forward, backward = arguments + y.nbytes, arguments + call.cotangent.nbytes + sum(t.nbytes for t in call.leaves)
+    arguments, results = (sum(t.nbytes for t in tensors) for tensors in (call.tensors(), call.cotangents))
+    forward, backward = arguments + results, arguments + results + sum(t.nbytes for t in call.leaves.values())
     return dict(forward=forward, backward=backward, both=forward + backward)
 
 
@@ -137,16 +143,15 @@ def wrong(op, name, f, call) -> str | None:
         sys.path.append(TESTS)
     from table import budget_breach, reference
 
-    cotangent = (call.cotangent,)
-    found = {"output 0": call.forward(f).detach()}
-    keys = [k for k, v in call.kwargs.items() if any(v is leaf for leaf in call.leaves)]
-    found |= {f"gradient of {k}": g for k, g in zip(keys, call.both(f))}
+    outputs, keys = call.forward(f), list(call.leaves)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    found |= {f"gradient of {k}": g for k, g in zip(keys, call.backward(outputs))}
     sample = Sample("bench", {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.kwargs.items()})
     if name == "fusegrad":
-        return budget_breach(op, sample, found, cotangent, keys)
-    dtype = call.cotangent.dtype
+        return budget_breach(op, sample, found, call.cotangents, keys)
+    dtype = call.cotangents[0].dtype
     limit = (4 if dtype.itemsize == 2 else 100) * torch.finfo(dtype).eps
-    for k, r in reference(op, sample, torch.float64, cotangent, keys).items():
+    for k, r in reference(op, sample, torch.float64, call.cotangents, keys).items():
         error = (found[k].double() - r).norm() / r.norm()
         if not error <= limit:
             return f"{k}: relative error {error:.1e}"
@@ -186,7 +191,7 @@ def steps_of(f, calls, phase):
     turn = itertools.cycle(range(len(calls)))
     if phase == "backward":
         graphs = [call.forward(f) for call in calls]
-        return lambda: torch.autograd.grad(graphs[i := next(turn)], calls[i].leaves, calls[i].cotangent, retain_graph=True)
+        return lambda: calls[i := next(turn)].backward(graphs[i], retain_graph=True)
     return lambda: getattr(calls[next(turn)], phase)(f)
 
 
@@ -209,7 +214,7 @@ def measure(op, dtype, rows, cols, sides, args) -> dict:
     # Not more than 16: a call so small is timed for what it costs the host, in the caches or not.
     sets = max(1, min(int(MOST_MEMORY // size), -(-2 * last_level_cache(args.device) // size), 16))
     calls = [first, *(prepare(op, dtype, rows, cols, args.device, args.seed + i) for i in range(1, sets))]
-    moved = bytes_moved(first, op.functional(**first.kwargs))
+    moved = bytes_moved(first)
     cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, bytes=moved, sides={})
     for name, f in sides.items():
         try:
