@@ -23,19 +23,23 @@ def render(path) -> str:
     result = json.loads(path.read_text())
     m, s = result["machine"], report.summary(result)
     lines = [
-        f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['date']}: median ms;",
-        "ratio to the best of eager code, torch's own function and `torch.compile`; percent of the speed of a copy of as many bytes.",
+        f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['date']}: fusegrad's time",
+        "over that of the best of eager code, torch's own function and `torch.compile`, geometric mean over the shapes, and in the",
+        "shape where it does worst; percent of the speed of a copy of as many bytes, where they do not fit in the caches.",
         "",
-        "| op | dtype | rows × cols | fusegrad | best other | ratio | % of copy |",
-        "|---|---|---|---|---|---|---|",
+        "| op | float32 | bfloat16 | worst | % of copy |",
+        "|---|---|---|---|---|",
     ]
-    for cell in result["cells"]:
-        own, best = report.timed(cell).get("fusegrad"), report.best_other(cell)
-        if own and best:
-            lines.append(
-                f"| {cell['op']} | {cell['dtype']} | {cell['rows']} × {cell['cols']} | {report.ms(own['both']['median'])} "
-                f"| {report.ms(best[1])} ({best[0]}) | {report.ratio(cell):.2f} | {own['both']['percent_of_copy']:.0f} |"
-            )
+    for op in dict.fromkeys(cell["op"] for cell in result["cells"]):
+        cells = [cell for cell in result["cells"] if cell["op"] == op and report.ratio(cell) is not None]
+        if not cells:
+            continue
+        means = [report.geometric_mean(report.ratio(c) for c in cells if c["dtype"] == dtype) for dtype in ("float32", "bfloat16")]
+        worst = max(cells, key=report.ratio)
+        large = report.geometric_mean(100 / report.of_copy(c) for c in cells if report.beyond_cache(c, m))
+        shown = [f"{value:.2f}" if value == value else "" for value in means]
+        shown.append(f"{worst['dtype']} {worst['rows']} × {worst['cols']}: {report.ratio(worst):.2f}")
+        lines.append("| " + " | ".join([op, *shown, f"{large:.0f}" if large == large else ""]) + " |")
     large = f"Time over that of a copy, for the {s['large_cells']} cells beyond\nthe last-level cache: {s['of_copy']:.2f}. "
     above = f"; above 0.95: {', '.join(s['above'])}" if s["above"] else ""
     lines += [

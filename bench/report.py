@@ -41,10 +41,14 @@ def of_copy(cell):
     return own and own["both"]["median"] / cell["copy"]["both"]["median"]
 
 
+def beyond_cache(cell, machine) -> bool:
+    return cell["bytes"]["forward"] > machine["last_level_cache_MB"] * 2**20
+
+
 def summary(result) -> dict:
-    cells, cache = result["cells"], result["machine"]["last_level_cache_MB"] * 2**20
+    cells = result["cells"]
     ratios = {name(c): r for c in cells if (r := ratio(c)) is not None}
-    large = [of_copy(c) for c in cells if c["bytes"]["forward"] > cache and of_copy(c)]
+    large = [of_copy(c) for c in cells if beyond_cache(c, result["machine"]) and of_copy(c)]
     slower = []
     twins = {(c["op"], c["rows"], c["cols"]): c for c in cells if c["dtype"] == "float32"}
     for c in cells:
