@@ -24,8 +24,9 @@ def render(path) -> str:
     m, s = result["machine"], report.summary(result)
     lines = [
         f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['date']}:",
-        "fusegrad's time over that of the best of eager code, torch's own function and `torch.compile`, geometric mean over the shapes, and in the",
-        "shape where it does worst; percent of the speed of a copy of as many bytes, where they do not fit in the caches.",
+        "fusegrad's time over that of the best of eager code, torch's own function and `torch.compile`, geometric mean over the",
+        "shapes, and in the shape where it does worst; percent of the speed of a copy of as many bytes, where they do not fit in the",
+        "caches.",
         "",
         "| op | float32 | bfloat16 | worst | % of copy |",
         "|---|---|---|---|---|",
