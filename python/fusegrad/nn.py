@@ -1,7 +1,12 @@
 """The modules. Where `torch.nn` has one of the same name, ours is a subclass of it: same constructor, parameters and state dict."""
 
+from .ops.bias_act import BiasAct
 from .ops.cross_entropy import CrossEntropyLoss
+from .ops.gated import GLU, GeGLU, GeGLUTanh, ReGLU, SwiGLU
+from .ops.linear import Linear
+from .ops.mlp import MLP, GatedMLP
+from .ops.pointwise import Cube, Exp, GradientReversal, Scale
 from .ops.rms_norm import RMSNorm
-from .ops.swiglu import SwiGLU
 
-__all__ = ["CrossEntropyLoss", "RMSNorm", "SwiGLU"]
+__all__ = ["BiasAct", "CrossEntropyLoss", "Cube", "Exp", "GLU", "GatedMLP", "GeGLU", "GeGLUTanh", "GradientReversal", "Linear", "MLP"]
+__all__ += ["RMSNorm", "ReGLU", "Scale", "SwiGLU"]
