@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REGISTERS = {"avx2": "ymm", "avx512": "zmm", "default": "zmm"}
 DTYPES = ("double", "float", "c10::Half", "c10::BFloat16")
+ACTIVATIONS = re.findall(r"^  (\w+),$", (ROOT / "csrc/ops/activation.h").read_text(), re.M)  # as object files have them: by number
 ARITHMETIC = re.compile(r"v?(add|sub|mul|fn?m(add|sub)\d*)(ps|pd|ss|sd)\b")
+MOVE = re.compile(r"v?mov[au]p[sd]\b")
 
 
 def objects(variant):
@@ -54,30 +56,37 @@ def arithmetic(loop, register):
     return sum(register in o for kind, o in found if kind in ("ps", "pd")), sum(kind in ("ss", "sd") for kind, _ in found)
 
 
+def hands_on(loop, register):
+    """Whether the loop passes the widest registers to a function, which may be all that it does."""
+    return any(what.startswith("call") for _, what, _ in loop) and any(MOVE.match(what) and register in o for _, what, o in loop)
+
+
 def examine(variant, paths):
     """(number of kernels, complaints)."""
     register, complaints, expected = REGISTERS[variant], [], set()
-    wide, narrow = defaultdict(int), defaultdict(int)
+    wide, narrow, handed = defaultdict(int), defaultdict(int), defaultdict(int)
     for source in sorted((ROOT / "csrc/ops").glob("*_cpu.cpp")):
-        for op in re.findall(r"FUSEGRAD_(?:ROWS|MAP)\((\w+)\)", source.read_text()):
+        for op in re.findall(r"FUSEGRAD_(?:ROWS|MAP)\((.+)\)", source.read_text()):
             expected |= {(op, dtype) for dtype in DTYPES}
     for path in paths:
         for name, code in functions(path):
-            kernel = re.search(r"(?:RowsCpu|MapCpu)<fusegrad::(\w+), ([\w:]+)", name)
+            kernel = re.search(r"(?:RowsCpu|MapCpu)<fusegrad::(\w+(?:<.*?>)?), ([\w:]+)", name)
             if not kernel:
                 continue
+            kernel = re.sub(r"\(fusegrad::Act\)(\d+)", lambda m: f"Act::{ACTIVATIONS[int(m[1])]}", kernel[1]), kernel[2]
             for loop in loops(code):
                 vectors, scalars = arithmetic(loop, register)
-                wide[kernel.groups()] += vectors > 0 and not scalars
-                narrow[kernel.groups()] += scalars > 0 and not vectors
+                wide[kernel] += vectors > 0 and not scalars
+                handed[kernel] += hands_on(loop, register)
+                narrow[kernel] += scalars > 0 and not vectors
                 if 0 < vectors < scalars:
                     complaints.append(
-                        f"{variant}: {kernel[1]}, {kernel[2]}: {scalars} scalar beside {vectors} vector instructions in a loop"
+                        f"{variant}: {kernel[0]}, {kernel[1]}: {scalars} scalar beside {vectors} vector instructions in a loop"
                     )
     complaints += [
         f"{variant}: {op}, {dtype}: {wide[op, dtype]} loops compute on {register}, {narrow[op, dtype]} on single numbers"
         for op, dtype in sorted(expected)
-        if wide[op, dtype] <= 2 * narrow[op, dtype]
+        if (wide[op, dtype] or handed[op, dtype]) <= 2 * narrow[op, dtype]
     ]
     return len(expected), complaints
 

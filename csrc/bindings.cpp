@@ -10,11 +10,16 @@
 #define FUSEGRAD_OPS(_)                                                                                                            \
   _(rms_norm_fwd, "(Tensor x, Tensor? w, int dims, float eps, float offset, bool cast_first) -> (Tensor, Tensor)")                 \
   _(rms_norm_bwd, "(Tensor dy, Tensor x, Tensor? w, Tensor rstd, int dims, float offset, bool[2] needed) -> (Tensor, Tensor)")     \
-  _(swiglu_fwd, "(Tensor gate, Tensor? up, int dim) -> Tensor")                                                                    \
-  _(swiglu_bwd, "(Tensor dy, Tensor gate, Tensor? up, int dim, bool[2] needed) -> (Tensor, Tensor)")                               \
   _(dropout_fwd, "(Tensor x, Tensor? bias, Tensor? residual, Tensor seed, float p) -> Tensor")                                     \
   _(dropout_bwd, "(Tensor dy, Tensor? bias, Tensor seed, float p, bool[2] needed) -> (Tensor, Tensor)")                            \
   _(dropout_mask, "(Tensor seed, SymInt[] sizes, float p) -> Tensor")                                                              \
+  _(gated_fwd, "(Tensor gate, Tensor? up, int dim, int number) -> Tensor")                                                         \
+  _(gated_bwd, "(Tensor dy, Tensor gate, Tensor? up, int dim, int number, bool[2] needed) -> (Tensor, Tensor)")                    \
+  _(bias_act_fwd, "(Tensor x, Tensor? b, int act, float scale, float slope, int dim) -> Tensor")                                   \
+  _(bias_act_bwd,                                                                                                                  \
+    "(Tensor dy, Tensor x, Tensor? b, int act, float scale, float slope, int dim, bool[2] needed) -> (Tensor, Tensor)")            \
+  _(pointwise_fwd, "(Tensor x, int number, float factor) -> Tensor")                                                               \
+  _(pointwise_bwd, "(Tensor dy, Tensor? saved, int number, float factor) -> Tensor")                                               \
   _(cross_entropy_fwd,                                                                                                             \
     "(Tensor x, Tensor target, Tensor? w, Tensor? num_items, int ignore_index, float smoothing, float z_loss,"                     \
     " float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide, bool return_lse)"            \

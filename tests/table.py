@@ -95,6 +95,14 @@ def reference(op, sample, dtype, cotangent, which=None):
         return run(op, Sample(sample.name, sample.kwargs | cast), tuple(g.to(dtype) for g in cotangent), which)
 
 
+def stepwise(op, sample, cotangent, which=None):
+    """The same by torch's own functions, each of which rounds its result to the dtype at hand."""
+    sample, leaves = with_grad(op, sample, which)
+    y = op.torch(**sample.kwargs)
+    grads = torch.autograd.grad(y, list(leaves.values()), cotangent) if leaves else ()
+    return {"output 0": y.detach()} | {f"gradient of {k}": g for k, g in zip(leaves, grads)}
+
+
 def permuted(op, sample, cotangent, seed):
     """The call with its reduced dimension in another order, and what puts a result back in order."""
     dims = op.permutes(sample.kwargs)
@@ -140,7 +148,8 @@ def budget(op, sample, cotangent, which=None):
     """For each result: the float64 reference, and the error that a correct kernel may have (elementwise):
 
     h + 3 E + 4 eps(A) max|r64|, where E is the largest error of the reference in the accumulate type A on the inputs as given and
-    with the reduced dimension in other orders, and h half an ulp (and 1% of it) of a result stored in 16 bits."""
+    with the reduced dimension in other orders, and h half an ulp (and 1% of it) of a result stored in 16 bits. With a matrix product
+    in 16 bits, whose result is rounded before it is used, E is also that of the reference with all steps in 16 bits."""
     rows = next(v for v in tensors(sample).values() if v.is_floating_point())
     accumulate = F64 if rows.dtype == F64 else F32
     r64 = reference(op, sample, F64, cotangent, which)
@@ -158,6 +167,10 @@ def budget(op, sample, cotangent, which=None):
             difference = difference[difference.isfinite()]
             if difference.numel():
                 errors[k] = torch.maximum(errors[k], difference.max())
+    if op.gemm and rows.dtype in (F16, BF16):
+        for k, v in stepwise(op, sample, cotangent, which).items():
+            difference = (v.to(F64) - r64[k]).abs()
+            errors[k] = torch.cat((errors[k].reshape(1), difference[difference.isfinite()])).max()
     allowed = {}
     for k, r in r64.items():
         finite = r[r.isfinite()].abs()

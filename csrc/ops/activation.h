@@ -86,9 +86,15 @@ struct Activation {
         const A t = tanh_of_softplus(x);
         return t + x * (A(1) - t * t) * sigmoid(x);
       }
-      case Act::hardswish: return select(x < A(-3), A(0), select(x <= A(3), x * of<A>(1.0 / 3) + of<A>(0.5), A(1)));
+      case Act::hardswish: return select(x <= A(-3), A(0), select(x >= A(3), A(1), x * of<A>(1.0 / 3) + of<A>(0.5)));
       default: return A(1);
     }
+  }
+
+  // dy times the derivative; where relu is flat that is 0 for an infinite dy, too.
+  template <class A>
+  FUSEGRAD_FN A gradient(A dy, A x) const {
+    return kind == Act::relu ? select(x <= A(0), A(0), dy) : dy * derivative(x);
   }
 
  private:

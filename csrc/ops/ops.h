@@ -13,9 +13,16 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const OptTensor& w, int
 std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const Tensor& rstd, int64_t dims,
                                         double offset, std::array<bool, 2> needed);
 
-Tensor swiglu_fwd(const Tensor& gate, const OptTensor& up, int64_t dim);
-std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy, const Tensor& gate, const OptTensor& up, int64_t dim,
-                                      std::array<bool, 2> needed);
+Tensor gated_fwd(const Tensor& gate, const OptTensor& up, int64_t dim, int64_t number);
+std::tuple<Tensor, Tensor> gated_bwd(const Tensor& dy, const Tensor& gate, const OptTensor& up, int64_t dim, int64_t number,
+                                     std::array<bool, 2> needed);
+
+Tensor bias_act_fwd(const Tensor& x, const OptTensor& b, int64_t act, double scale, double slope, int64_t dim);
+std::tuple<Tensor, Tensor> bias_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& b, int64_t act, double scale,
+                                        double slope, int64_t dim, std::array<bool, 2> needed);
+
+Tensor pointwise_fwd(const Tensor& x, int64_t number, double factor);
+Tensor pointwise_bwd(const Tensor& dy, const OptTensor& saved, int64_t number, double factor);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& x, const Tensor& target, const OptTensor& w,
                                                                      const OptTensor& num_items, int64_t ignore_index,

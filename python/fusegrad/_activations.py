@@ -1,4 +1,6 @@
-"""The activations by name, in the order of their numbers in csrc/ops/activation.h: what references apply to an element."""
+"""The activations by name, in the order of their numbers in csrc/ops/activation.h: what references apply to an element.
+
+Two are spelled out, as the backwards of F.silu and F.mish have no forward mode."""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ ACTIVATIONS = {
     "squared_relu": lambda x, slope: F.relu(x).square(),
     "gelu": lambda x, slope: F.gelu(x),
     "gelu_tanh": lambda x, slope: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, slope: F.silu(x),
+    "silu": lambda x, slope: x * torch.sigmoid(x),
     "softplus": lambda x, slope: F.softplus(x),
     "elu": lambda x, slope: F.elu(x),
-    "mish": lambda x, slope: F.mish(x),
+    "mish": lambda x, slope: x * torch.tanh(F.softplus(x)),
     "hardswish": lambda x, slope: F.hardswish(x),
 }
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}

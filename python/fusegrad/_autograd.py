@@ -58,16 +58,17 @@ def _first(n, results):
     return results if n is None else results[0] if n == 1 else results[:n]
 
 
-def differentiable(inputs: Callable) -> Callable:
+def differentiable(inputs: Callable | None = None, *, from_saved: Callable | None = None) -> Callable:
     """Makes a `backward` of a kernel call: `inputs(ctx)` gives the tensor arguments of the forward, recomputed by torch from what
-    was saved where they were not saved themselves; `ctx.options` its other arguments."""
+    was saved where they were not saved themselves; `ctx.options` its other arguments. Where the inputs are not to be had, the one
+    gradient is instead `from_saved(ctx, *grads)`, in differentiable torch code."""
 
     def decorate(kernel: Callable) -> Callable:
         def backward(ctx, *grads):
             if not torch.compiler.is_compiling() and (
                 torch.is_grad_enabled() or _forward_mode_open() or any(g is not None and _is_legacy_batched(g) for g in grads)
             ):
-                return reference_vjp(ctx, inputs(ctx), grads)
+                return reference_vjp(ctx, inputs(ctx), grads) if from_saved is None else saved_vjp(ctx, from_saved, grads)
             return kernel(ctx, *grads)
 
         return staticmethod(backward)
@@ -97,6 +98,17 @@ def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[to
     for i, g in zip(needed, found):
         result[i] = g
     return tuple(result)
+
+
+def saved_vjp(ctx, formula: Callable, grads: Sequence[torch.Tensor | None]) -> tuple:
+    """The gradient of the first input as `formula` of what was saved, in a graph that can be differentiated again."""
+    _op.count(ctx._forward_cls.op, "the backward is differentiated")
+    rest = [None] * (len(ctx.needs_input_grad) - 1)
+    if grads[0] is None:
+        return None, *rest
+    device = grads[0].device.type
+    with torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
+        return formula(ctx, *grads), *rest
 
 
 class _NoSecondOrder(torch.autograd.Function):

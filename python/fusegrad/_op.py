@@ -40,13 +40,18 @@ class Op:
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
+    kernels: tuple | None = None  # registered functions that a forward and a backward call; None: <family>_fwd and <family>_bwd
+    true_gradient: bool = True  # False: its gradient is by design not the derivative of its value
+    gemm: bool = False  # made of torch's matrix products too, whose rounding and bits depend on dtype, layout and threads
 
     @property
     def family(self) -> str:
-        """The file that holds it in python/fusegrad/ops and csrc/ops, alone or with its sisters."""
+        """The file that holds it in python/fusegrad/ops, and its kernels in csrc/ops, alone or with its sisters."""
         return self.functional.__module__.rpartition(".")[2]
 
     def __post_init__(self):
+        if self.kernels is None:
+            object.__setattr__(self, "kernels", (f"{self.family}_fwd", f"{self.family}_bwd"))
         OPS[self.name] = self
 
 

@@ -1,8 +1,30 @@
 """The modules. Where `torch.nn` has one of the same name, ours is a subclass of it: same constructor, parameters and state dict."""
 
+from .ops.bias_act import BiasAct
 from .ops.cross_entropy import CrossEntropyLoss
 from .ops.dropout import BiasDropoutAdd, Dropout
+from .ops.gated import GLU, GeGLU, GeGLUTanh, ReGLU, SwiGLU
+from .ops.linear import Linear
+from .ops.mlp import MLP, GatedMLP
+from .ops.pointwise import Cube, Exp, GradientReversal, Scale
 from .ops.rms_norm import RMSNorm
-from .ops.swiglu import SwiGLU
 
-__all__ = ["BiasDropoutAdd", "CrossEntropyLoss", "Dropout", "RMSNorm", "SwiGLU"]
+__all__ = [
+    "BiasAct",
+    "BiasDropoutAdd",
+    "CrossEntropyLoss",
+    "Cube",
+    "Dropout",
+    "Exp",
+    "GLU",
+    "GatedMLP",
+    "GeGLU",
+    "GeGLUTanh",
+    "GradientReversal",
+    "Linear",
+    "MLP",
+    "RMSNorm",
+    "ReGLU",
+    "Scale",
+    "SwiGLU",
+]

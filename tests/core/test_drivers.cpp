@@ -10,9 +10,11 @@
 #include <memory>
 #include <string>
 
+#include "../../csrc/ops/bias_act.h"
 #include "../../csrc/ops/cross_entropy.h"
+#include "../../csrc/ops/gated.h"
+#include "../../csrc/ops/pointwise.h"
 #include "../../csrc/ops/rms_norm.h"
-#include "../../csrc/ops/swiglu.h"
 #include "check.h"
 #include "reference.h"
 
@@ -254,8 +256,19 @@ void drive_all() {
   drive<variant>("RMSNormFwd", RMSNormFwd{{}, 1e-5, 0, false});
   drive<variant>("RMSNormFwd cast_first", RMSNormFwd{{}, 1e-5, 1, true});
   drive<variant>("RMSNormBwd", RMSNormBwd{{}, 1});
-  drive<variant>("SwiGLUFwd", SwiGLUFwd{});
-  drive<variant>("SwiGLUBwd", SwiGLUBwd{});
+  drive<variant>("GatedFwd", GatedFwd<Act::silu>{});
+  drive<variant>("GatedBwd", GatedBwd<Act::silu>{});
+  for (Act act : {Act::leaky_relu, Act::gelu}) {
+    const ScaledAct f{{act, 0.1}, 0.5};
+    drive<variant>("ActFwd", ActFwd{{}, f});
+    drive<variant>("ActBwd", ActBwd{{}, f});
+    drive<variant>("BiasActFwd", BiasActFwd{{{}, f}});
+    drive<variant>("BiasActBwd", BiasActBwd{{{}, f}});
+    drive<variant>("RowBiasActBwd", RowBiasActBwd{{{}, f}});
+  }
+  drive<variant>("ScaleFwd", ScaleFwd{{}, -0.3});
+  drive<variant>("ExpFwd", ExpFwd{});
+  drive<variant>("CubeBwd", CubeBwd{});
   drive<variant>("CrossEntropyFwd", CrossEntropyFwd{{}, {-100, 0, 0, 0, 1}});
   drive<variant>("CrossEntropyFwd all options", CrossEntropyFwd{{}, {-100, 0.1, 0.01, 3, 0.5}});
   drive<variant>("CrossEntropyBwd", CrossEntropyBwd{{}, {-100, 0, 0, 0, 1}});

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "../../csrc/ops/cross_entropy.h"
+#include "../../csrc/ops/gated.h"
 #include "../../csrc/ops/rms_norm.h"
-#include "../../csrc/ops/swiglu.h"
 #include "check.h"
 #include "reference.h"
 
@@ -113,8 +113,8 @@ void rms_norm_peculiar() {
 }
 
 void swiglu() {
-  using F = SwiGLUFwd;
-  using B = SwiGLUBwd;
+  using F = GatedFwd<Act::silu>;
+  using B = GatedBwd<Act::silu>;
   Operands<F> f({}, 4, 9);
   for (size_t i = 0; i < f.in[F::kG].size(); ++i) f.in[F::kG][i] *= double(i);  // both tails of the sigmoid, too
   f.run();

@@ -1,0 +1,13 @@
+#include "../core/map_cpu.h"
+#include "gated.h"
+
+FUSEGRAD_MAP(GatedFwd<Act::silu>)
+FUSEGRAD_MAP(GatedBwd<Act::silu>)
+FUSEGRAD_MAP(GatedFwd<Act::gelu>)
+FUSEGRAD_MAP(GatedBwd<Act::gelu>)
+FUSEGRAD_MAP(GatedFwd<Act::gelu_tanh>)
+FUSEGRAD_MAP(GatedBwd<Act::gelu_tanh>)
+FUSEGRAD_MAP(GatedFwd<Act::relu>)
+FUSEGRAD_MAP(GatedBwd<Act::relu>)
+FUSEGRAD_MAP(GatedFwd<Act::sigmoid>)
+FUSEGRAD_MAP(GatedBwd<Act::sigmoid>)

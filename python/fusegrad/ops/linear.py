@@ -1,0 +1,174 @@
+"""Linear, with an activation that shares a pass with the bias. The matrix products are torch's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .._activations import activate, number
+from .._autograd import Function, differentiable
+from .._op import Op, Sample, autocast, check_tensor, wide
+from .bias_act import bias_act_bwd, bias_act_fwd
+
+_IDENTITY = number("linear", None)
+_AS_IS = (1.0, 0.01)  # the scale and the slope of bias_act
+
+
+def linear_reference(x: Tensor, w: Tensor, b: Tensor | None, act: int) -> Tensor:
+    return activate(F.linear(wide(x), wide(w), None if b is None else wide(b)), act).to(x.dtype)
+
+
+class LinearFn(Function):
+    op = "linear"
+    reference = staticmethod(linear_reference)
+
+    @staticmethod
+    def forward(x, w, b, act):
+        if act == _IDENTITY:
+            return F.linear(x, w, b), None
+        product = F.linear(x, w)
+        return bias_act_fwd(product, b, act, *_AS_IS, product.dim() - 1), product
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, w, b, *ctx.options = inputs
+        _, product = outputs
+        ctx.set_materialize_grads(False)
+        if product is not None:
+            ctx.mark_non_differentiable(product)
+        ctx.save_for_backward(x, w, b, product)
+
+    @differentiable(lambda ctx: ctx.saved_tensors[:3])
+    def backward(ctx, dy, _):
+        dx = dw = db = None
+        if dy is not None:
+            x, w, b, product = ctx.saved_tensors
+            (act,) = ctx.options
+            of_x, of_w, of_b = ctx.needs_input_grad[:3]
+            dz = dy
+            if product is not None:
+                dz, db = bias_act_bwd(dy, product, b, act, *_AS_IS, dy.dim() - 1, (of_x or of_w, of_b))
+            elif of_b:
+                _, db = bias_act_bwd(dy, dy, b, act, *_AS_IS, dy.dim() - 1, (False, True))
+            if of_x:
+                dx = dz.matmul(w)
+            if of_w:
+                rows = math.prod(x.shape[:-1])
+                dw = dz.reshape(rows, w.shape[0]).t().mm(x.reshape(rows, w.shape[1]))
+        return dx, dw, db, None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    r"""Linear map, and an activation of it that shares one pass with the bias in forward, and its gradient with that of the bias:
+
+    .. math:: y = \mathrm{act}(x W^\top + b)
+
+    Drop-in for `torch.nn.functional.linear`.
+
+    Args:
+        input: `[*, in]`, float32, float64, float16 or bfloat16, any layout.
+        weight: `[out, in]`, of the input's dtype. bias: `[out]`, of the input's dtype, or None.
+        activation: None or one of those of `bias_act`.
+
+    Returns:
+        `[*, out]` of the input's dtype (under autocast: of the autocast dtype, as torch). Saved for backward: input and weight; with an
+        activation also the bias and the product without it.
+
+    Raises:
+        TypeError: two dtypes. RuntimeError: a shape that does not fit, two devices, a tensor that is not dense. ValueError: an unknown
+        activation.
+
+    Equivalent eager code::
+
+        y = torch.nn.functional.gelu(torch.nn.functional.linear(input, weight, bias))  # for activation="gelu"
+
+    Source: Vasudevan et al., the epilogues of NVIDIA CUTLASS (https://github.com/NVIDIA/cutlass), are the same idea within a product.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias, activation=activation)
+    check_tensor("linear", "input", input)
+    check_tensor("linear", "weight", weight)
+    act = number("linear", activation)
+    if autocast(input) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise TypeError(f"linear: {name} must be {input.dtype}, as input is, got {t.dtype}")
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"linear: weight must have shape [out, in] for input [*, in] ({list(input.shape)}), got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    return LinearFn.call((input, weight, bias), act, outputs=1)
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` with an activation in the same pass as the bias; parameters and state dict are torch's. See `linear`."""
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, activation=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        number("Linear", activation)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+def _samples(make):
+    def sample(name, x, out, bias=True, activation=None, **kwargs):
+        weight = make(out, x.shape[-1], scale=x.shape[-1] ** -0.5, **kwargs)
+        options = {} if activation is None else dict(activation=activation)
+        return Sample(name, dict(input=x, weight=weight, bias=make(out) if bias else None) | options)
+
+    yield sample("gelu", make(5, 33), 7, activation="gelu")
+    yield sample("plain", make(5, 33), 7)
+    yield sample("no_bias", make(3, 4, 16), 9, bias=False)
+    yield sample("relu_no_bias", make(4, 17), 5, bias=False, activation="relu")
+    yield sample("silu", make(2, 3, 24), 40, activation="silu")
+    yield sample("tanh", make(6, 20, layout="transposed"), 11, activation="tanh")
+    yield sample("sigmoid", make(6, 20, layout="column_strided"), 11, activation="sigmoid")
+    yield sample("row_strided", make(6, 20, layout="row_strided"), 11)
+    yield sample("weight_transposed", make(4, 12), 9, activation="leaky_relu", layout="transposed")
+    yield sample("expanded", make(6, 22, layout="expanded"), 8, activation="softplus")
+    yield sample("packed_heads", make(2, 3, 5, 12, layout="packed_heads"), 10, activation="gelu_tanh")
+    yield sample("one_row", make(50), 6, activation="mish")
+    yield sample("one_out", make(7, 30), 1, activation="elu")
+    yield sample("one_in", make(7, 1), 4, activation="square")
+    yield sample("no_rows", make(0, 8), 5, activation="gelu")
+    yield sample("wide", make(3, 700), 500, activation="hardswish")
+
+
+def _saved_bytes(kwargs):
+    x, w, b = kwargs["input"], kwargs["weight"], kwargs["bias"]
+    if kwargs.get("activation") is None:
+        return x.nbytes + w.nbytes + (0 if b is None else b.nbytes)
+    return x.nbytes + w.nbytes + (0 if b is None else b.nbytes) + x[..., 0].numel() * len(w) * x.itemsize
+
+
+def _bench(make, rows, cols):
+    out = max(1, min(cols, 2**22 // cols))
+    return dict(input=make(rows, cols), weight=make(out, cols, scale=cols**-0.5), bias=make(out), activation="gelu")
+
+
+LINEAR = Op(
+    name="linear",
+    fn=LinearFn,
+    functional=linear,
+    reference=linear_reference,
+    samples=_samples,
+    module=Linear,
+    torch=lambda input, weight, bias, activation=None: activate(F.linear(input, weight, bias), number("linear", activation)),
+    permutes=lambda kwargs: {"input": -1, "weight": -1},
+    saved_bytes=_saved_bytes,
+    bench=_bench,
+    shapes=((4, 64), (512, 512), (2048, 1024), (4096, 256)),
+    kernels=("bias_act_fwd", "bias_act_bwd"),
+    gemm=True,
+)

@@ -1,0 +1,92 @@
+"""Multi-layer perceptrons of fused layers, which can recompute their hidden activations instead of keeping them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._autograd import _functorch_active
+from .gated import geglu, geglu_tanh, reglu, swiglu
+from .linear import Linear
+
+_GATES = {"silu": swiglu, "gelu": geglu, "gelu_tanh": geglu_tanh, "relu": reglu}
+
+
+class _Recomputing(torch.nn.Module):
+    """forward() is that of `layers`; with `recompute` it keeps nothing but its input, and runs once more in the backward."""
+
+    recompute: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Within a functorch level checkpoints are not to be had, nor of use: it differentiates within the call.
+        if self.recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _functorch_active()):
+            return checkpoint(self.layers, input, use_reentrant=False, preserve_rng_state=False)
+        return self.layers(input)
+
+    def layers(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class MLP(_Recomputing):
+    r"""Linear layers of the given sizes with an activation after each but the last, which has its own:
+
+    .. math:: y = \mathrm{final}(W_n \, \mathrm{act}(\dots \mathrm{act}(W_1 x + b_1) \dots) + b_n)
+
+    Args:
+        sizes: the features of the input, of each hidden layer, of the output; at least two.
+        activation, final_activation: see `bias_act`; None is the identity.
+        recompute: save the input and no hidden activation; the backward computes them again.
+
+    The layers are `[0]`, `[1]`, ... and `state_dict` has `0.weight`, `0.bias`, ...
+    """
+
+    def __init__(self, sizes: Sequence[int], activation="relu", final_activation=None, bias=True, recompute=False, device=None, dtype=None):
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError(f"MLP: sizes must be at least two, got {list(sizes)}")
+        self.sizes, self.recompute = tuple(sizes), recompute
+        activations = [activation] * (len(sizes) - 2) + [final_activation]
+        for i, act in enumerate(activations):
+            self.add_module(str(i), Linear(sizes[i], sizes[i + 1], bias, device, dtype, activation=act))
+
+    def __getitem__(self, i: int) -> Linear:
+        return list(self.children())[i]
+
+    def layers(self, input: Tensor) -> Tensor:
+        for layer in self.children():
+            input = layer(input)
+        return input
+
+    def extra_repr(self) -> str:
+        return f"recompute={self.recompute}"
+
+
+class GatedMLP(_Recomputing):
+    r"""The feed-forward block of recent language models, its two input projections fused into one product:
+
+    .. math:: y = W_{down} \, (\mathrm{act}(W_{gate} x) \cdot W_{up} x)
+
+    Args:
+        dim, hidden: features of input and output, and between.
+        activation: silu (SwiGLU), gelu or gelu_tanh (GeGLU), relu (ReGLU).
+        recompute: save the input and no hidden activation; the backward computes them again.
+
+    `gate_up.weight` is `[2 hidden, dim]`, the gate's rows first.
+    """
+
+    def __init__(self, dim: int, hidden: int, activation="silu", bias=False, recompute=False, device=None, dtype=None):
+        super().__init__()
+        if activation not in _GATES:
+            raise ValueError(f"GatedMLP: activation must be one of {', '.join(_GATES)}, got {activation!r}")
+        self.activation, self.recompute = activation, recompute
+        self.gate_up = Linear(dim, 2 * hidden, bias, device, dtype)
+        self.down = Linear(hidden, dim, bias, device, dtype)
+
+    def layers(self, input: Tensor) -> Tensor:
+        return self.down(_GATES[self.activation](self.gate_up(input)))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, recompute={self.recompute}"
