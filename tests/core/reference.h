@@ -68,12 +68,15 @@ void reference(const RowArgs<Op>& args) {
 template <class T = double, class Op>
 void reference(const MapArgs<Op>& args) {
   const Extent& e = args.extent;
+  Op op = args.op;
+  op.begin();
   for (int64_t r = 0; r < e.rows; ++r)
     for (int64_t c = 0; c < e.cols; ++c) {
       In<Op, double> in{};
       Out<Op, double> out{};
       for (int i = 0; i < Op::in; ++i) in.x[i] = element(args.in[i], e, r, c);
-      args.op.map(in, out);
+      in.number = e.offset(args.number, r) + c * args.number.col, in.apart = args.number.col;
+      op.map(in, out);
       for (int i = 0; i < Op::out; ++i)
         if (args.out[i].data) element(args.out[i], e, r, c) = out.y[i];
     }
@@ -93,6 +96,9 @@ inline Values values(int64_t n, double low, double high) {
   for (double& a : v) a = uniform(low, high);
   return v;
 }
+
+// The numbers of a numbered op's rows are so far apart that those of the third one pass 2^32.
+constexpr int64_t kRowsApart = (int64_t(1) << 31) - 20;
 
 // All operands of a call, dense. They start given and random; a per-row value of which there is only one stands for all rows.
 template <class Op>
@@ -124,6 +130,7 @@ struct Operands {
     };
     for (int i = 0; i < Op::in; ++i) lend(args.in[i], in[i], cols);
     for (int i = 0; i < Op::out; ++i) lend(args.out[i], out[i], cols);
+    if constexpr (!is_row_op<Op>) args.number.stride[0] = kRowsApart;
     if constexpr (is_row_op<Op>) {
       for (int i = 0; i < Op::index; ++i) lend(args.index[i], index[i], index[i].size() > 1);
       for (int i = 0; i < Op::scalar_in; ++i) lend(args.scalar_in[i], scalar_in[i], scalar_in[i].size() > 1);

@@ -12,6 +12,7 @@
 
 #include "../../csrc/ops/bias_act.h"
 #include "../../csrc/ops/cross_entropy.h"
+#include "../../csrc/ops/dropout.h"
 #include "../../csrc/ops/gated.h"
 #include "../../csrc/ops/pointwise.h"
 #include "../../csrc/ops/rms_norm.h"
@@ -125,7 +126,10 @@ class Case {
          << (e.dims > 1 ? " rows in two dimensions" : "") << ":";
     for (int i = 0; i < Op::in; ++i) lend(args.in[i], want.in[i], int(t), i == 0 ? first : Layout(below(kLayouts)), e.cols);
     for (int i = 0; i < Op::out; ++i) ask(args.out[i], want.out[i], int(t), e.cols);
-    if constexpr (is_row_op<Op>) per_row_and_column_operands();
+    if constexpr (is_row_op<Op>)
+      per_row_and_column_operands();
+    else
+      args.number.stride[e.dims - 1] = kRowsApart, args.number.stride[0] = e.dims > 1 ? kRowsApart * e.size[1] : kRowsApart;
   }
 
   void run(const Kernel<Args<Op>>& kernel) {
@@ -256,6 +260,12 @@ void drive_all() {
   drive<variant>("RMSNormFwd", RMSNormFwd{{}, 1e-5, 0, false});
   drive<variant>("RMSNormFwd cast_first", RMSNormFwd{{}, 1e-5, 1, true});
   drive<variant>("RMSNormBwd", RMSNormBwd{{}, 1});
+  static const int64_t seed = 5;
+  drive<variant>("DropoutFwd", DropoutFwd{{}, Dropout(&seed, 0.25)});
+  drive<variant>("DropoutFwd of 1", DropoutFwd{{}, Dropout(&seed, 1)});
+  drive<variant>("DropoutMask", DropoutMask{{}, Dropout(&seed, 0.75)});
+  drive<variant>("BiasDropoutAddFwd", BiasDropoutAddFwd{{}, Dropout(&seed, 0.25)});
+  drive<variant>("BiasDropoutAddBwd", BiasDropoutAddBwd{{}, Dropout(&seed, 0.9)});  // few terms: equal ones add up their errors
   drive<variant>("GatedFwd", GatedFwd<Act::silu>{});
   drive<variant>("GatedBwd", GatedBwd<Act::silu>{});
   for (Act act : {Act::leaky_relu, Act::gelu}) {

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../../csrc/ops/cross_entropy.h"
+#include "../../csrc/ops/dropout.h"
 #include "../../csrc/ops/gated.h"
 #include "../../csrc/ops/rms_norm.h"
 #include "check.h"
@@ -136,6 +137,34 @@ void swiglu() {
     CHECK_NEAR(far.out[B::kDg][i], i * 15.0, 0, "swiglu far out, dg at ", i);
     CHECK_NEAR(far.out[B::kDu][i], i * 10000.0, 0, "swiglu far out, du at ", i);
   }
+}
+
+void dropout(double p) {
+  const std::string what = "dropout of " + std::to_string(p);
+  const int64_t seed = 11, rows = 4, cols = 9;
+  const Dropout dropout(&seed, p);
+  Operands<DropoutMask> mask({{}, dropout}, rows, cols);
+  Operands<DropoutFwd> f({{}, dropout}, rows, cols), b({{}, dropout}, rows, cols);
+  mask.run(), f.run();
+  for (size_t i = 0; i < f.out[0].size(); ++i)
+    CHECK_NEAR(f.out[0][i], mask.out[0][i] > 0 ? f.in[0][i] / (1 - p) : 0.0, 1e-15, what, " y at ", i);
+  b.run();  // the derivative is the same map
+  check_gradients(what, [&] { f.run(); }, {{f.out[0], b.in[0]}}, {{f.in[0], b.out[0]}});
+
+  using F = BiasDropoutAddFwd;
+  using B = BiasDropoutAddBwd;
+  Operands<F> add({{}, dropout}, rows, cols);
+  Operands<B> back({{}, dropout}, rows, cols);
+  add.run(), back.run();
+  for (size_t i = 0; i < add.out[0].size(); ++i) {
+    Dropout here = dropout;
+    here.begin();
+    const double factor = here.factor<double>(int64_t(i));
+    CHECK_NEAR(add.out[F::kY][i], add.in[F::kResidual][i] + (add.in[F::kX][i] + add.param[F::kBias][i % cols]) * factor, 1e-14,
+               what, " with bias and residual, y at ", i);
+  }
+  check_gradients(what + " with bias and residual", [&] { add.run(); }, {{add.out[F::kY], back.in[B::kDy]}},
+                  {{add.in[F::kX], back.out[B::kDx]}, {add.param[F::kBias], back.col_out[B::kDbias]}});
 }
 
 constexpr int64_t kIgnore = -100;
@@ -339,6 +368,7 @@ int main() {
   rms_norm_peculiar();
 
   swiglu();
+  for (double p : {0.0, 0.25, 1.0}) dropout(p);
 
   for (double smoothing : {0.0, 0.1, 1.0})
     for (double z_loss : {0.0, 0.01})
