@@ -32,8 +32,9 @@ def camel(op):
 
 @each_op
 def test_an_op_is_its_own_files(op):
-    for suffix in (".h", ".cpp", "_cpu.cpp", "_cuda.cu"):
-        assert (CSRC / "ops" / (op.family + suffix)).exists()
+    assert (CSRC / "ops" / f"{op.family}.cpp").exists()
+    for suffix in (".h", "_cpu.cpp", "_cuda.cu"):
+        assert (CSRC / "ops" / ((op.kernels or op.family) + suffix)).exists()
     assert (PACKAGE / "ops" / f"{op.family}.py").exists()
 
 
@@ -46,7 +47,7 @@ def test_one_name_everywhere(op):
     assert module.__name__ == op.fn.__module__ == f"fusegrad.ops.{op.family}"
     if op.module is not None:
         assert getattr(fusegrad.nn, op.module.__name__) is op.module and op.module.__name__.startswith(name)
-    header = (CSRC / "ops" / f"{op.family}.h").read_text()
+    header = (CSRC / "ops" / f"{op.kernels or op.family}.h").read_text()
     assert re.search(r"struct \w+Fwd", header) and re.search(r"struct \w+Bwd", header)
     bindings = (CSRC / "bindings.cpp").read_text()
     assert f"_({op.family}_fwd," in bindings and f"_({op.family}_bwd," in bindings
@@ -70,7 +71,7 @@ def test_functional_takes_torchs_arguments_first(op):
     ours = inspect.signature(op.functional).parameters
     theirs = inspect.signature(native).parameters
     for (name, p), (native_name, q) in zip(ours.items(), theirs.items()):
-        assert name == native_name and p.default == q.default and p.kind is p.POSITIONAL_OR_KEYWORD
+        assert name == native_name and p.default == q.default and p.kind is q.kind
     assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[len(theirs) :])
 
 

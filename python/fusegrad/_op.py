@@ -39,6 +39,9 @@ class Op:
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
+    kernels: str = ""  # the family whose functors its host functions run, where it has none of its own
+    gemm: bool = False  # products of matrices are ATen's, whose bits depend on the number of threads
+    workspace: Callable = lambda kwargs: 0  # workspace(kwargs): documented bytes that a call holds beyond its results
 
     @property
     def family(self) -> str:
@@ -137,7 +140,7 @@ def why_not(tensor: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     """The sentence that says why no kernel takes a call with these tensors, the main one first; None if one does."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {tensor.dtype}"
-    if tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
+    if not tensor.is_cpu and tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
         return f"there is no kernel for the device {tensor.device.type}"
     return None
 
@@ -167,7 +170,7 @@ def fall_back(op: str, reason: str, device: torch.device) -> None:
 
 def autocast(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    return (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
 
 
 # --- what references are written with ------------------------------------------------------------------------------------------
