@@ -26,7 +26,22 @@
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)")                                                                                \
   _(cross_entropy_bwd,                                                                                                             \
     "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? w, Tensor top, Tensor log_sum,"                                \
-    " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")
+    " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")                    \
+  _(linear_cross_entropy_fwd,                                                                                                      \
+    "(Tensor x, Tensor w, Tensor target, Tensor? b, Tensor? class_weight, Tensor? num_items, int ignore_index, float smoothing,"   \
+    " float z_loss, float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide,"               \
+    " bool return_lse, int chunk, bool[3] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")            \
+  _(linear_cross_entropy_bwd,                                                                                                      \
+    "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor w, Tensor target, Tensor? b, Tensor? class_weight, Tensor? top,"               \
+    " Tensor? log_sum, Tensor? divisor, Tensor? dx, Tensor? dw, Tensor? db, int ignore_index, float smoothing, float z_loss,"      \
+    " float softcap, float scale, int chunk, bool[3] needed) -> (Tensor, Tensor, Tensor)")                                         \
+  _(vocab_parallel_cross_entropy_fwd,                                                                                              \
+    "(Tensor x, Tensor target, int first, int classes, int ignore_index, float smoothing,"                                         \
+    " float softcap, float scale) -> (Tensor, Tensor, Tensor, Tensor)")                                                            \
+  _(vocab_parallel_cross_entropy_bwd,                                                                                              \
+    "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor top, Tensor log_sum,"                                           \
+    " Tensor? divisor, int first, int classes, int ignore_index, float smoothing, float z_loss, float softcap, float scale)"       \
+    " -> Tensor")
 
 // The library of torch.ops; the emulated build (tests/emulator) has its own. In two steps, so that the name is expanded.
 #ifndef FUSEGRAD_LIBRARY

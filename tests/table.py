@@ -167,7 +167,7 @@ def budget(op, sample, cotangent, which=None):
             difference = difference[difference.isfinite()]
             if difference.numel():
                 errors[k] = torch.maximum(errors[k], difference.max())
-    if op.gemm and rows.dtype in (F16, BF16):
+    if op.gemm == "torch" and rows.dtype in (F16, BF16):
         for k, v in stepwise(op, sample, cotangent, which).items():
             difference = (v.to(F64) - r64[k]).abs()
             errors[k] = torch.cat((errors[k].reshape(1), difference[difference.isfinite()])).max()

@@ -15,22 +15,82 @@ Frame classes(const char* op, const Tensor& x) {
   return Frame(op, x, "input", dim, dim + 1);
 }
 
-// On the CPU a label that is no class is an error; elsewhere to look would be to wait, and the kernel makes the row NaN.
-void check_labels(const Tensor& target, int64_t classes, int64_t ignore_index) {
-  if (kEmulated || !target.is_cpu()) return;
-  const Tensor dense = target.contiguous();
-  const int64_t* t = dense.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < dense.numel(); ++i)
-    TORCH_CHECK_INDEX((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, "cross_entropy: target must be in [0, ", classes,
-                      ") or ignore_index (", ignore_index, "), got ", t[i]);
-}
-
 // The sum of the class weights, where the formulas need it.
 OptTensor weight_sum(const Frame& frame, const OptTensor& w, double smoothing) {
   return given(w) && smoothing != 0 ? OptTensor(at::sum(*w, frame.wide())) : OptTensor();
 }
 
+void forward(Frame& frame, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
+             const LossRows& out) {
+  using F = CrossEntropyFwd;
+  RowArgs<F> args{{{}, options}};
+  frame.in(args.in[F::kX], x, "input");
+  frame.labels(args.index[F::kTarget], target, "target");
+  args.param[F::kW] = frame.params(w, "weight");
+  const OptTensor sum = weight_sum(frame, w, options.smoothing);
+  if (sum) frame.per_row(args.scalar_in[F::kWeightSum], *sum, "sum of weight");
+  frame.per_row(args.scalar_out[F::kLoss], out.loss, "loss");
+  frame.per_row(args.scalar_out[F::kTop], out.top, "top");
+  frame.per_row(args.scalar_out[F::kLogSum], out.log_sum, "log_sum");
+  if (out.weight.defined()) frame.per_row(args.scalar_out[F::kWeight], out.weight, "weights");
+  if (out.lse.defined()) frame.per_row(args.scalar_out[F::kLse], out.lse, "lse");
+  run(frame, args);
+}
+
+void backward(Frame& frame, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
+              const LossRows& saved, const LossGrads& grads, const Tensor& dx) {
+  using B = CrossEntropyBwd;
+  RowArgs<B> args{{{}, options}};
+  frame.in(args.in[B::kX], x, "input");
+  frame.labels(args.index[B::kTarget], target, "target");
+  args.param[B::kW] = frame.params(w, "weight");
+  const OptTensor sum = weight_sum(frame, w, options.smoothing);
+  if (sum) frame.per_row(args.scalar_in[B::kWeightSum], *sum, "sum of weight");
+  frame.per_row(args.scalar_in[B::kTop], saved.top, "top");
+  frame.per_row(args.scalar_in[B::kLogSum], saved.log_sum, "log_sum");
+  if (given(grads.loss)) frame.per_row(args.scalar_in[B::kDLoss], *grads.loss, "gradient of the loss");
+  if (given(grads.lse)) frame.per_row(args.scalar_in[B::kDLse], *grads.lse, "gradient of lse");
+  if (given(grads.divisor)) frame.per_row(args.scalar_in[B::kDivisor], *grads.divisor, "divisor");
+  frame.out(args.out[B::kDx], dx);
+  run(frame, args);
+}
+
 }  // namespace
+
+void check_labels(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index) {
+  if (kEmulated || !target.is_cpu()) return;
+  const Tensor dense = target.contiguous();
+  const int64_t* t = dense.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < dense.numel(); ++i)
+    TORCH_CHECK_INDEX((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, op, ": target must be in [0, ", classes,
+                      ") or ignore_index (", ignore_index, "), got ", t[i]);
+}
+
+void loss_rows(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
+               const LossRows& out) {
+  Frame frame = classes(op, x);
+  forward(frame, x, target, w, options, out);
+}
+
+void loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
+                        const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads, const Tensor& dx) {
+  Frame frame = classes(op, x);
+  backward(frame, x, target, w, options, saved, grads, dx);
+}
+
+std::pair<Tensor, Tensor> loss_total(const char* op, const LossRows& rows, const OptTensor& num_items, double items, bool mean,
+                                     bool empty_is_zero) {
+  Frame frame(op, rows.loss, "loss", 0, rows.loss.dim());
+  RowArgs<LossTotal> args{{{}, items, mean, empty_is_zero}};
+  frame.in(args.in[LossTotal::kLoss], rows.loss, "loss");
+  frame.in(args.in[LossTotal::kWeight], rows.weight, "weights");
+  if (given(num_items)) frame.per_row(args.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
+  Tensor total = frame.empty_per_row(), divisor = frame.empty_per_row();
+  frame.per_row(args.scalar_out[LossTotal::kTotal], total, "loss");
+  frame.per_row(args.scalar_out[LossTotal::kDivisor], divisor, "divisor");
+  run(frame, args);
+  return {total, divisor};
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
     const Tensor& x,             // [N, C, *] or [C]
@@ -44,36 +104,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
     bool empty_is_zero,  // over nothing: 0 instead of NaN
     bool wide, bool return_lse) {
   RECORD_FUNCTION("fusegrad::cross_entropy_fwd", {});
-  using F = CrossEntropyFwd;
   Frame frame = classes("cross_entropy", x);
-  RowArgs<F> args{{{}, {ignore_index, smoothing, z_loss, softcap, scale}}};
   const auto out_type = wide ? frame.wide() : x.scalar_type();
-  Tensor top = frame.empty_per_row(), log_sum = frame.empty_per_row(), lse, loss = frame.empty_per_row(), weight, divisor;
-  frame.in(args.in[F::kX], x, "input");
-  frame.labels(args.index[F::kTarget], target, "target");
-  args.param[F::kW] = frame.params(w, "weight");
-  check_labels(target, frame.cols(), ignore_index);
-  const OptTensor sum = weight_sum(frame, w, smoothing);
-  if (sum) frame.per_row(args.scalar_in[F::kWeightSum], *sum, "sum of weight");
-  frame.per_row(args.scalar_out[F::kLoss], loss, "loss");
-  frame.per_row(args.scalar_out[F::kTop], top, "top");
-  frame.per_row(args.scalar_out[F::kLogSum], log_sum, "log_sum");
-  if (reduce) frame.per_row(args.scalar_out[F::kWeight], weight = frame.empty_per_row(), "weights");
-  if (return_lse) frame.per_row(args.scalar_out[F::kLse], lse = frame.empty_per_row(), "lse");
-  run(frame, args);
-  if (reduce) {
-    Frame items_frame("cross_entropy", loss, "loss", 0, loss.dim());
-    RowArgs<LossTotal> total{{{}, items, mean, empty_is_zero}};
-    items_frame.in(total.in[LossTotal::kLoss], loss, "loss");
-    items_frame.in(total.in[LossTotal::kWeight], weight, "weights");
-    if (given(num_items)) items_frame.per_row(total.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
-    Tensor result = items_frame.empty_per_row();
-    items_frame.per_row(total.scalar_out[LossTotal::kTotal], result, "loss");
-    items_frame.per_row(total.scalar_out[LossTotal::kDivisor], divisor = items_frame.empty_per_row(), "divisor");
-    run(items_frame, total);
-    loss = result;
-  }
-  return {loss.to(out_type), given(lse) ? lse.to(out_type) : lse, top, log_sum, divisor};
+  LossRows rows{frame.empty_per_row(), frame.empty_per_row(), frame.empty_per_row()};
+  if (reduce) rows.weight = frame.empty_per_row();
+  if (return_lse) rows.lse = frame.empty_per_row();
+  check_labels("cross_entropy", target, frame.cols(), ignore_index);
+  forward(frame, x, target, w, {ignore_index, smoothing, z_loss, softcap, scale}, rows);
+  Tensor divisor;
+  if (reduce) std::tie(rows.loss, divisor) = loss_total("cross_entropy", rows, num_items, items, mean, empty_is_zero);
+  return {rows.loss.to(out_type), return_lse ? rows.lse.to(out_type) : rows.lse, rows.top, rows.log_sum, divisor};
 }
 
 Tensor cross_entropy_bwd(const OptTensor& dloss,    // [] or [N, *]
@@ -86,22 +126,9 @@ Tensor cross_entropy_bwd(const OptTensor& dloss,    // [] or [N, *]
                          const OptTensor& divisor,  // []
                          int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale) {
   RECORD_FUNCTION("fusegrad::cross_entropy_bwd", {});
-  using B = CrossEntropyBwd;
   Frame frame = classes("cross_entropy backward", x);
-  RowArgs<B> args{{{}, {ignore_index, smoothing, z_loss, softcap, scale}}};
   Tensor dx = frame.empty_rows();
-  frame.in(args.in[B::kX], x, "input");
-  frame.labels(args.index[B::kTarget], target, "target");
-  args.param[B::kW] = frame.params(w, "weight");
-  const OptTensor sum = weight_sum(frame, w, smoothing);
-  if (sum) frame.per_row(args.scalar_in[B::kWeightSum], *sum, "sum of weight");
-  frame.per_row(args.scalar_in[B::kTop], top, "top");
-  frame.per_row(args.scalar_in[B::kLogSum], log_sum, "log_sum");
-  if (given(dloss)) frame.per_row(args.scalar_in[B::kDLoss], *dloss, "gradient of the loss");
-  if (given(dlse)) frame.per_row(args.scalar_in[B::kDLse], *dlse, "gradient of lse");
-  if (given(divisor)) frame.per_row(args.scalar_in[B::kDivisor], *divisor, "divisor");
-  frame.out(args.out[B::kDx], dx);
-  run(frame, args);
+  backward(frame, x, target, w, {ignore_index, smoothing, z_loss, softcap, scale}, {{}, top, log_sum}, {dloss, dlse, divisor}, dx);
   return dx;
 }
 

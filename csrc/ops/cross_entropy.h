@@ -76,16 +76,17 @@ struct CrossEntropyFwd : RowOp {
   FUSEGRAD_FN bool skip(const R& row) const {
     return row.skip;
   }
-  template <class A, class R>
-  FUSEGRAD_FN void add(Peak<A>& sum, const R&, const In<CrossEntropyFwd, A>& in) const {
+  // The columns are a template, as sisters of this op that derive from it have their own.
+  template <class A, class R, class Columns>
+  FUSEGRAD_FN void add(Peak<A>& sum, const R&, const Columns& in) const {
     sum.top = larger(sum.top, o.z(in.x[kX]));
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Peak<S>& sum, const At&) const {
     row.top = sum.top;
   }
-  template <class A, class R>
-  FUSEGRAD_FN void add(Mass<A>& sum, const R& row, const In<CrossEntropyFwd, A>& in) const {
+  template <class A, class R, class Columns>
+  FUSEGRAD_FN void add(Mass<A>& sum, const R& row, const Columns& in) const {
     const A below = A(row.top) - o.z(in.x[kX]);
     sum.e = sum.e + exp(A(0) - below);
     if (o.smoothing != 0) sum.below = fma(in.p[kW], below, sum.below);
@@ -135,8 +136,9 @@ struct CrossEntropyBwd : RowOp {
   FUSEGRAD_FN bool skip(const R& row) const {
     return row.target == o.ignore_index;
   }
-  template <class T, class A, class R>
-  FUSEGRAD_FN void map(const R& row, const In<CrossEntropyBwd, A>& in, Out<CrossEntropyBwd, A>& out) const {
+  template <class T, class R, class Columns, class Result>
+  FUSEGRAD_FN void map(const R& row, const Columns& in, Result& out) const {
+    using A = std::decay_t<decltype(in.x[0])>;
     const A z = o.z(in.x[kX]), p = exp((z - A(row.top)) - A(row.log_sum));
     A dz = p * A(row.of_p);
     if (o.smoothing != 0) dz = dz - in.p[kW] * A(row.of_w);

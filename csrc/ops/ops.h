@@ -37,5 +37,44 @@ Tensor dropout_fwd(const Tensor& x, const OptTensor& bias, const OptTensor& resi
 std::tuple<Tensor, Tensor> dropout_bwd(const Tensor& dy, const OptTensor& bias, const Tensor& seed, double p,
                                        std::array<bool, 2> needed);
 Tensor dropout_mask(const Tensor& seed, c10::SymIntArrayRef sizes, double p);
+// The parts of cross entropy that losses around it are made of, on rows of logits x [N, C]. Weight and lse only if defined.
+struct CrossEntropyOptions;
+struct LossRows {
+  Tensor loss, top, log_sum, weight, lse;  // [N], of the accumulate type
+};
+struct LossGrads {
+  OptTensor loss;     // [] or [N]
+  OptTensor lse;      // [N]
+  OptTensor divisor;  // []
+};
+// On the CPU a label that is no class is an error; elsewhere to look would be to wait, and the kernel makes the row NaN.
+void check_labels(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index);
+void loss_rows(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
+               const LossRows& out);
+void loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
+                        const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads,
+                        const Tensor& dx /* may be x */);
+// The total of loss_rows' losses, and its divisor.
+std::pair<Tensor, Tensor> loss_total(const char* op, const LossRows& rows, const OptTensor& num_items, double items, bool mean,
+                                     bool empty_is_zero);
+
+using LinearGrads = std::tuple<Tensor, Tensor, Tensor>;
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
+    const Tensor& x, const Tensor& w, const Tensor& target, const OptTensor& b, const OptTensor& class_weight,
+    const OptTensor& num_items, int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale, bool reduce,
+    bool mean, double items, bool empty_is_zero, bool wide, bool return_lse, int64_t chunk, std::array<bool, 3> needed);
+LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss, const OptTensor& dlse, const Tensor& x, const Tensor& w,
+                                     const Tensor& target, const OptTensor& b, const OptTensor& class_weight, const OptTensor& top,
+                                     const OptTensor& log_sum, const OptTensor& divisor, const OptTensor& dx, const OptTensor& dw,
+                                     const OptTensor& db, int64_t ignore_index, double smoothing, double z_loss, double softcap,
+                                     double scale, int64_t chunk, std::array<bool, 3> needed);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> vocab_parallel_cross_entropy_fwd(const Tensor& x, const Tensor& target, int64_t first,
+                                                                            int64_t classes, int64_t ignore_index, double smoothing,
+                                                                            double softcap, double scale);
+Tensor vocab_parallel_cross_entropy_bwd(const OptTensor& dloss, const OptTensor& dlse, const Tensor& x, const Tensor& target,
+                                        const Tensor& top, const Tensor& log_sum, const OptTensor& divisor, int64_t first,
+                                        int64_t classes, int64_t ignore_index, double smoothing, double z_loss, double softcap,
+                                        double scale);
 
 }  // namespace fusegrad

@@ -66,7 +66,7 @@ def differentiable(inputs: Callable | None = None, *, from_saved: Callable | Non
     def decorate(kernel: Callable) -> Callable:
         def backward(ctx, *grads):
             if not torch.compiler.is_compiling() and (
-                torch.is_grad_enabled() or _forward_mode_open() or any(g is not None and _is_legacy_batched(g) for g in grads)
+                torch.is_grad_enabled() or _forward_mode_open() or any([g is not None and _is_legacy_batched(g) for g in grads])
             ):
                 return reference_vjp(ctx, inputs(ctx), grads) if from_saved is None else saved_vjp(ctx, from_saved, grads)
             return kernel(ctx, *grads)

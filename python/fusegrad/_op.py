@@ -42,7 +42,10 @@ class Op:
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
     kernels: tuple | None = None  # registered functions that a forward and a backward call; None: <family>_fwd and <family>_bwd
     true_gradient: bool = True  # False: its gradient is by design not the derivative of its value
-    gemm: bool = False  # made of torch's matrix products too, whose rounding and bits depend on dtype, layout and threads
+    # "torch" or "wide": made of ATen's matrix products too, whose bits depend on layout and threads. "torch": they round in 16 bits and
+    # allocate as torch's function does, "wide": they give the accumulate type.
+    gemm: str = ""
+    workspace: Callable = lambda kwargs: 0  # workspace(kwargs): documented bytes that a call needs beside its results
 
     @property
     def family(self) -> str:
@@ -143,7 +146,7 @@ def why_not(tensor: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     """The sentence that says why no kernel takes a call with these tensors, the main one first; None if one does."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {tensor.dtype}"
-    if tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
+    if not tensor.is_cpu and tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
         return f"there is no kernel for the device {tensor.device.type}"
     return None
 
@@ -173,7 +176,7 @@ def fall_back(op: str, reason: str, device: torch.device) -> None:
 
 def autocast(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    return (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
 
 
 # --- what references are written with ------------------------------------------------------------------------------------------

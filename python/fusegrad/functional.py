@@ -5,8 +5,10 @@ from .ops.cross_entropy import cross_entropy
 from .ops.dropout import bias_dropout_add, dropout
 from .ops.gated import geglu, geglu_tanh, glu, reglu, swiglu
 from .ops.linear import linear
+from .ops.linear_cross_entropy import linear_cross_entropy, linear_token_log_probs
 from .ops.pointwise import cube, exp, grad_reverse, scale
 from .ops.rms_norm import rms_norm
+from .ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 
 __all__ = [
     "bias_act",
@@ -20,8 +22,11 @@ __all__ = [
     "glu",
     "grad_reverse",
     "linear",
+    "linear_cross_entropy",
+    "linear_token_log_probs",
     "reglu",
     "rms_norm",
     "scale",
     "swiglu",
+    "vocab_parallel_cross_entropy",
 ]

@@ -5,6 +5,7 @@ from .ops.cross_entropy import CrossEntropyLoss
 from .ops.dropout import BiasDropoutAdd, Dropout
 from .ops.gated import GLU, GeGLU, GeGLUTanh, ReGLU, SwiGLU
 from .ops.linear import Linear
+from .ops.linear_cross_entropy import LinearCrossEntropyLoss
 from .ops.mlp import MLP, GatedMLP
 from .ops.pointwise import Cube, Exp, GradientReversal, Scale
 from .ops.rms_norm import RMSNorm
@@ -22,6 +23,7 @@ __all__ = [
     "GeGLUTanh",
     "GradientReversal",
     "Linear",
+    "LinearCrossEntropyLoss",
     "MLP",
     "RMSNorm",
     "ReGLU",

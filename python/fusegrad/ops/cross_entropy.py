@@ -77,7 +77,11 @@ class CrossEntropyFn(Function):
         ctx.mark_non_differentiable(top, log_sum, *(() if divisor is None else (divisor,)))
         ctx.save_for_backward(x, target, w, top, log_sum, divisor)
 
-    @differentiable(lambda ctx: (*ctx.saved_tensors[:3], ctx.saved_tensors[-1] if ctx.divisor_is_given else None))
+    def inputs(ctx):
+        *inputs, _, _, divisor = ctx.saved_tensors  # once: a checkpoint allows no more
+        return *inputs, divisor if ctx.divisor_is_given else None
+
+    @differentiable(inputs)
     def backward(ctx, dloss, dlse, *_):
         dx = None
         if ctx.needs_input_grad[0] and not (dloss is None and dlse is None):
@@ -172,16 +176,18 @@ def cross_entropy(
             raise ValueError("cross_entropy: probability targets take torch's own options only, got " + str(extra))
         _op.fall_back("cross_entropy", "targets are probabilities", input.device)
         return F.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
-    if target.shape != shape:
-        expected = f"one class per item, shape {list(shape)} for input {list(input.shape)}"
-        raise ValueError(f"cross_entropy: target must have {expected}, got {list(target.shape)}")
+    sizes, dims = input.shape, input.dim()
+    if dims != 2 or target.dim() != 1 or target.shape[0] != sizes[0]:  # the usual case first: slices of sizes are slow
+        shape = sizes[:0] if dims == 1 else sizes[:1] + sizes[2:]
+        if target.shape != shape:
+            expected = f"one class per item, shape {list(shape)} for input {list(sizes)}"
+            raise ValueError(f"cross_entropy: target must have {expected}, got {list(target.shape)}")
     if target.dtype != torch.int64:
         if target.dtype != torch.uint8:
             raise RuntimeError(f"cross_entropy: target must be int64 (class indices), got {target.dtype}")
         target = target.long()
-    classes = input.shape[min(1, input.dim() - 1)]
     if weight is not None:
+        classes = sizes[min(1, dims - 1)]
         if weight.shape != (classes,):
             raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
         weight = weight.detach()

@@ -170,5 +170,5 @@ LINEAR = Op(
     bench=_bench,
     shapes=((4, 64), (512, 512), (2048, 1024), (4096, 256)),
     kernels=("bias_act_fwd", "bias_act_bwd"),
-    gemm=True,
+    gemm="torch",
 )

@@ -1,0 +1,275 @@
+// Cross entropy of the logits z = x w^T + b, which exist for one chunk of tokens at a time:
+//
+//   for each chunk c:   z = x_c w^T + b;   loss, top, log_sum of each token (cross_entropy.h);   z <- dz
+//                       dx_c = dz w;   dw += dz^T x_c;   db += sum(dz)
+//
+// Where the loss is one number, its gradient is known up to a factor, and the forward makes it while the logits are there: three
+// products of matrices, as many as with the logits kept. Else the backward makes the logits again, which is a fourth one.
+//
+// Products are summed and stored in float32 (float64 for float64), so that the error of dw does not grow with the number of
+// chunks, and results are rounded once. The CPU multiplies float32 copies of 16-bit factors: its products of 16-bit matrices would
+// round the logits. On CUDA they stay as they are, and dz is rounded to their type before it is multiplied.
+//
+// Memory beyond x, w and the gradients, with A = 4 bytes (8 for float64), T tokens, H features, C classes, n tokens per chunk:
+// A n C for the logits + 2 A n H for a chunk's x and dx + 32 MB at most for a part of w of another type or layout + A per token
+// and value; and the forward's gradients, A (T H + C H + C), until the backward has turned them into results.
+#include "cross_entropy.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "../host/pool.h"
+#include "../host/run.h"
+#include "ops.h"
+
+namespace fusegrad {
+namespace {
+
+constexpr const char* kOp = "linear_cross_entropy";
+constexpr int64_t kLogits = 64 << 20;  // bytes of logits at a time, unless the caller says how many tokens
+constexpr int64_t kPart = 32 << 20;    // bytes of weight that are copied at a time
+
+// What is called here must neither be recorded nor cast.
+struct Quiet {
+  at::AutoDispatchBelowADInplaceOrView unrecorded;
+  c10::impl::ExcludeDispatchKeyGuard uncast{c10::autocast_dispatch_keyset};
+};
+
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / std::max<int64_t>(1, b); }
+
+// wish > 0: so many; wish < 0: what torch calls "aspect_ratio:-wish", logits as large as x / -wish, roughly; 0: ours.
+int64_t tokens_per_chunk(int64_t tokens, int64_t classes, int64_t features, int64_t wish, int64_t item) {
+  int64_t n = wish;
+  if (wish < 0) {
+    n = 1;
+    while (n < up(tokens, up(classes, features))) n *= 2;
+    n /= -wish;
+  } else if (wish == 0) {
+    n = std::max<int64_t>(1, kLogits / std::max<int64_t>(1, classes * item));
+    n = up(tokens, up(tokens, n));  // of one size
+  }
+  return std::clamp<int64_t>(n, 1, std::max<int64_t>(1, tokens));
+}
+
+// out = a b, or out + a b, summed in out's type.
+void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add) {
+  const auto wide = out.scalar_type();
+  if (a.scalar_type() == wide)
+    add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+  else
+    add ? at::addmm_out(out, out, a, b, wide) : at::mm_out(out, a, b, wide);
+}
+
+// The logits of a chunk of tokens, and what their gradient means for x, w and b.
+class Head {
+ public:
+  Head(const Tensor& x, const Tensor& w, const Tensor& target, const OptTensor& b, int64_t ignore_index, int64_t wish)
+      : x_(x), w_(w), target_(target), ignore_index_(ignore_index) {
+    Frame frame(kOp, x, "input", 1, 2);  // checks, and knows the types
+    View labels;
+    frame.labels(labels, target, "target");
+    check(w, "linear_weight");
+    if (given(b)) check(*b, "linear_bias");
+    TORCH_CHECK(w.dim() == 2 && w.size(1) == x.size(1), kOp, ": linear_weight must have shape [C, ", x.size(1), "] (input is ",
+                x.sizes(), "), got ", w.sizes());
+    wide_ = frame.wide();
+    const Tensor t = target.contiguous();
+    ignores_ = !x.is_cpu() || std::count(t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + t.numel(), ignore_index);
+    factor_ = x.is_cpu() ? wide_ : x.scalar_type();
+    chunk_ = tokens_per_chunk(tokens(), classes(), x.size(1), wish, x.element_size() == 8 ? 8 : 4);
+    const Tensor like = at::empty({0}, x.options().dtype(wide_));
+    logits_ = pool::empty({chunk_, classes()}, like);
+    x_chunk_ = at::empty({chunk_, x.size(1)}, x.options().dtype(factor_));
+    if (given(b)) b_ = b->to(wide_);
+    if (w.scalar_type() != factor_ || !w.is_contiguous()) {
+      const int64_t row = std::max<int64_t>(1, x.size(1) * x_chunk_.element_size());
+      part_ = at::empty({std::clamp<int64_t>(kPart / row, 1, std::max<int64_t>(1, classes())), x.size(1)}, x_chunk_.options());
+    }
+  }
+
+  int64_t tokens() const { return x_.size(0); }
+  int64_t classes() const { return w_.size(0); }
+  int64_t chunk() const { return chunk_; }
+  at::TensorOptions wide() const { return x_.options().dtype(wide_); }
+  Tensor gradient(const Tensor& like) const { return pool::empty(like.sizes(), logits_.narrow(0, 0, 0)); }
+
+  // The logits of the tokens from `first` on, to be overwritten by their gradient.
+  Tensor logits(int64_t first) {
+    n_ = std::min(chunk_, tokens() - first);
+    Tensor x = x_chunk_.narrow(0, 0, n_), z = logits_.narrow(0, 0, n_);
+    x.copy_(x_.narrow(0, first, n_));
+    // What an ignored token holds must not reach dw, not even times 0.
+    if (ignores_) x.masked_fill_(target_.narrow(0, first, n_).eq(ignore_index_).unsqueeze(1), 0);
+    if (b_.defined()) z.copy_(b_.expand_as(z));
+    for_parts([&](int64_t c, const Tensor& w) { multiply(z.narrow(1, c, w.size(0)), x, w.t(), b_.defined()); });
+    return z;
+  }
+
+  // From the gradient that logits(first) was overwritten by.
+  void backward(int64_t first, const Tensor& dx, const Tensor& dw, const Tensor& db) {
+    const Tensor wide_dz = logits_.narrow(0, 0, n_), dz = wide_dz.to(factor_);
+    if (dx.defined()) {
+      Tensor to = dx.narrow(0, first, n_), sum = to;
+      if (dx.scalar_type() != wide_) {
+        if (!dx_chunk_.defined()) dx_chunk_ = at::empty({chunk_, dx.size(1)}, wide());
+        sum = dx_chunk_.narrow(0, 0, n_);
+      }
+      for_parts([&](int64_t c, const Tensor& w) { multiply(sum, dz.narrow(1, c, w.size(0)), w, c > 0); });
+      if (!sum.is_same(to)) to.copy_(sum);
+    }
+    if (dw.defined()) multiply(dw, dz.t(), x_chunk_.narrow(0, 0, n_), first > 0);
+    if (db.defined()) db.add_(at::sum(wide_dz, 0));
+  }
+
+ private:
+  const Tensor &x_, &w_, &target_;
+  const int64_t ignore_index_;
+  at::ScalarType wide_, factor_;
+  int64_t chunk_, n_ = 0;
+  bool ignores_;  // some token, perhaps: on CUDA to look would be to wait
+  Tensor logits_, x_chunk_, dx_chunk_, part_, b_;
+
+  void check(const Tensor& t, const char* name) const {
+    TORCH_CHECK(t.layout() == at::kStrided && t.device() == x_.device(), kOp, ": ", name, " must be a dense tensor on ",
+                x_.device(), ", where the first argument is, got a tensor of layout ", t.layout(), " on ", t.device());
+    TORCH_CHECK_TYPE(t.scalar_type() == x_.scalar_type() || (t.scalar_type() == at::kFloat && x_.element_size() == 2), kOp, ": ",
+                     name, " must be ", x_.scalar_type(), x_.element_size() == 2 ? " or Float" : "", ", got ", t.scalar_type());
+  }
+
+  // f(first class, weight of the classes from there on) for the parts of w that can be multiplied as they are.
+  template <class F>
+  void for_parts(const F& f) {
+    if (!part_.defined()) return f(0, w_);
+    for (int64_t c = 0; c < classes(); c += part_.size(0)) {
+      const Tensor part = part_.narrow(0, 0, std::min(part_.size(0), classes() - c));
+      f(c, part.copy_(w_.narrow(0, c, part.size(0))));
+    }
+  }
+};
+
+// The sum of the labels' weights.
+Tensor label_weights(const Tensor& target, const OptTensor& class_weight, int64_t ignore_index, at::TensorOptions wide) {
+  const Tensor kept = target.ne(ignore_index);
+  if (!given(class_weight)) return kept.sum().to(wide);
+  const Tensor label = target.clamp(0, class_weight->size(0) - 1);  // on CUDA a wrong label makes NaN, elsewhere
+  return at::where(kept, class_weight->index_select(0, label), at::zeros({}, wide)).sum();
+}
+
+// grad times the factor, as it was asked for: rounded once, in pieces where it must be.
+Tensor scaled(const Tensor& grad, const Tensor& factor, at::ScalarType type) {
+  if (grad.scalar_type() == type) return at::mul(grad, factor);
+  Tensor result = at::empty(grad.sizes(), grad.options().dtype(type));
+  const Tensor from = grad.view({-1}), to = result.view({-1});
+  constexpr int64_t kPiece = 1 << 20;
+  for (int64_t i = 0; i < from.numel(); i += kPiece) {
+    const int64_t n = std::min(kPiece, from.numel() - i);
+    to.narrow(0, i, n).copy_(at::mul(from.narrow(0, i, n), factor));
+  }
+  return result;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
+    const Tensor& x,                // [N, H]
+    const Tensor& w,                // [C, H]
+    const Tensor& target,           // [N]
+    const OptTensor& b,             // [C]
+    const OptTensor& class_weight,  // [C]
+    const OptTensor& num_items,     // []
+    int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale, bool reduce, bool mean, double items,
+    bool empty_is_zero, bool wide, bool return_lse,
+    int64_t chunk,                 // tokens at a time; see tokens_per_chunk
+    std::array<bool, 3> needed) {  // with `reduce`: the gradients of x, w and b to make now
+  RECORD_FUNCTION("fusegrad::linear_cross_entropy_fwd", {});
+  const c10::OptionalDeviceGuard device(x.device());
+  const Quiet quiet;
+  Head head(x, w, target, b, ignore_index, chunk);
+  check_labels(kOp, target, head.classes(), ignore_index);
+  const CrossEntropyOptions options{ignore_index, smoothing, z_loss, softcap, scale};
+  const OptTensor cw = given(class_weight) ? OptTensor(class_weight->to(head.wide())) : OptTensor();
+  const auto per_token = [&](bool wanted) { return wanted ? at::empty({head.tokens()}, head.wide()) : Tensor(); };
+  const bool grads = reduce && (needed[0] || needed[1] || needed[2]);
+  LossRows rows{per_token(true), per_token(true), per_token(true), per_token(reduce), per_token(return_lse)};
+  OptTensor divisor = num_items;
+  Tensor dx, dw, db;
+  LossGrads of_loss;
+  if (grads) {
+    if (mean && !given(num_items) && items == 0) divisor = label_weights(target, cw, ignore_index, head.wide());
+    of_loss.loss = at::ones({}, head.wide());
+    if (mean) of_loss.divisor = given(divisor) ? divisor->to(head.wide()) : at::full({}, items, head.wide());
+    if (needed[0]) dx = head.gradient(x);
+    if (needed[1]) dw = head.tokens() ? head.gradient(w) : head.gradient(w).zero_();
+    if (needed[2]) db = at::zeros({head.classes()}, head.wide());
+  }
+  for (int64_t first = 0; first < head.tokens(); first += head.chunk()) {
+    const Tensor z = head.logits(first), t = target.narrow(0, first, z.size(0));
+    const auto part = [&](const Tensor& v) { return v.defined() ? v.narrow(0, first, z.size(0)) : v; };
+    const LossRows here{part(rows.loss), part(rows.top), part(rows.log_sum), part(rows.weight), part(rows.lse)};
+    loss_rows(kOp, z, t, cw, options, here);
+    if (!grads) continue;
+    loss_rows_backward(kOp, z, t, cw, options, here, of_loss, z);
+    head.backward(first, dx, dw, db);
+  }
+  Tensor total_divisor;
+  if (reduce) std::tie(rows.loss, total_divisor) = loss_total(kOp, rows, divisor, items, mean, empty_is_zero);
+  const auto out_type = wide ? head.wide().dtype().toScalarType() : x.scalar_type();
+  if (grads) rows.top = rows.log_sum = total_divisor = Tensor();  // have done their work
+  return {rows.loss.to(out_type), return_lse ? rows.lse.to(out_type) : rows.lse, rows.top, rows.log_sum, total_divisor, dx, dw, db};
+}
+
+LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N]
+                                     const OptTensor& dlse,          // [N]
+                                     const Tensor& x,                // [N, H]
+                                     const Tensor& w,                // [C, H]
+                                     const Tensor& target,           // [N]
+                                     const OptTensor& b,             // [C]
+                                     const OptTensor& class_weight,  // [C]
+                                     const OptTensor& top,           // [N]
+                                     const OptTensor& log_sum,       // [N]
+                                     const OptTensor& divisor,       // []
+                                     const OptTensor& dx,            // [N, H] of a loss of 1, if the forward made them
+                                     const OptTensor& dw,            // [C, H]
+                                     const OptTensor& db,            // [C]
+                                     int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale,
+                                     int64_t chunk, std::array<bool, 3> needed) {
+  RECORD_FUNCTION("fusegrad::linear_cross_entropy_bwd", {});
+  const c10::OptionalDeviceGuard device(x.device());
+  const Quiet quiet;
+  const auto b_type = given(b) ? b->scalar_type() : x.scalar_type();
+  if (!given(top)) {
+    const auto result = [&](bool wanted, const OptTensor& grad, at::ScalarType type) {
+      return wanted ? scaled(*grad, *dloss, type) : Tensor();
+    };
+    return {result(needed[0], dx, x.scalar_type()), result(needed[1], dw, w.scalar_type()), result(needed[2], db, b_type)};
+  }
+  Head head(x, w, target, b, ignore_index, chunk);
+  const CrossEntropyOptions options{ignore_index, smoothing, z_loss, softcap, scale};
+  const OptTensor cw = given(class_weight) ? OptTensor(class_weight->to(head.wide())) : OptTensor();
+  Tensor x_grad, w_grad, b_grad;
+  if (needed[0]) x_grad = pool::empty(x.sizes(), x);
+  if (needed[1]) w_grad = head.tokens() ? head.gradient(w) : head.gradient(w).zero_();
+  if (needed[2]) b_grad = at::zeros({head.classes()}, head.wide());
+  for (int64_t first = 0; first < head.tokens(); first += head.chunk()) {
+    const Tensor z = head.logits(first);
+    const auto part = [&](const OptTensor& v) { return given(v) && v->dim() ? v->narrow(0, first, z.size(0)) : v; };
+    const auto wide = [&](const OptTensor& v) { return given(v) ? OptTensor(part(v)->to(head.wide())) : v; };
+    const LossRows saved{{}, *part(top), *part(log_sum), {}, {}};
+    loss_rows_backward(kOp, z, *part(target), cw, options, saved, {wide(dloss), wide(dlse), wide(divisor)}, z);
+    head.backward(first, x_grad, w_grad, b_grad);
+  }
+  const auto as = [](const Tensor& t, at::ScalarType type) { return t.defined() ? t.to(type) : t; };
+  return {x_grad, as(w_grad, w.scalar_type()), as(b_grad, b_type)};
+}
+
+}  // namespace fusegrad

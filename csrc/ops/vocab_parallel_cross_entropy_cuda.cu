@@ -1,0 +1,5 @@
+#include "../core/rows_cuda.cuh"
+#include "vocab_parallel_cross_entropy.h"
+
+FUSEGRAD_ROWS(VocabParallelCrossEntropyFwd)
+FUSEGRAD_ROWS(VocabParallelCrossEntropyBwd)

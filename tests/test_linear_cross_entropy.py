@@ -1,0 +1,308 @@
+# ruff: noqa: E501  (a case a line)
+"""The head and its loss: what chunks may not change, and the memory that they are there for."""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusegrad
+import fusegrad.functional as fused
+from table import BF16, F16, F32, F64, Make, name_of
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+from measure import Call, peak_bytes  # noqa: E402
+
+T, H, V = 12, 6, 23
+
+
+class Chunks:
+    def __init__(self, tokens):
+        self.batch_chunk_size, self.chunking_method, self.acc_dtype = tokens, None, None
+
+
+def drawn(dtype=F64, tokens=T, features=H, classes=V, ignore=-100, seed=0):
+    make = Make(dtype, seed=seed)
+    x, w, b = make(tokens, features), make(classes, features, scale=0.5), make(classes)
+    return x.requires_grad_(), w.requires_grad_(), make.labels(tokens, classes=classes, ignore=ignore), b.requires_grad_()
+
+
+OPTIONS = (
+    dict(),
+    dict(label_smoothing=0.2),
+    dict(z_loss=0.1, label_smoothing=0.1),
+    dict(logit_softcap=1.5, z_loss=0.05, weight=True),
+    dict(logit_scale=3.0, weight=True, label_smoothing=0.3),
+)
+
+
+def eager(x, w, target, b, weight=None, reduction="none", label_smoothing=0.0, z_loss=0.0, logit_softcap=None, logit_scale=1.0):
+    kept = target != -100
+    z = F.linear(torch.where(kept[:, None], x, 0), w, b) * logit_scale
+    z = logit_softcap * torch.tanh(z / logit_softcap) if logit_softcap else z
+    loss = F.cross_entropy(z, target, weight, label_smoothing=label_smoothing, reduction="none")
+    loss = loss + torch.where(kept, z_loss * z.logsumexp(1).square(), 0)
+    divisor = kept.sum() if weight is None else torch.where(kept, weight[target.clamp(min=0)], 0).sum()
+    return loss if reduction == "none" else loss.sum() / (divisor if reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize("chunk", (1, 5, 100))
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_every_option_in_chunks(options, reduction, chunk):
+    """Under a random weight per token, or a loss scale that is not 1."""
+    x, w, target, b = drawn()
+    options = options | (dict(weight=torch.rand(V, dtype=F64)) if "weight" in options else {})
+    expected = eager(x, w, target, b, reduction=reduction, **options)
+    found = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, options=Chunks(chunk), **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(expected) * 65536.0
+    for a, e in zip(torch.autograd.grad(found, (x, w, b), cotangent), torch.autograd.grad(expected, (x, w, b), cotangent)):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+def test_what_an_ignored_token_holds_does_not_matter(value, reduction):
+    x, w, target, b = drawn()
+    bad = x.detach().clone()
+    bad[target == -100] = value
+    bad.requires_grad_()
+    outcomes = []
+    for features in (x, bad):
+        loss = fused.linear_cross_entropy(features, w, target, linear_bias=b, reduction=reduction, options=Chunks(4), z_loss=0.1)
+        cotangent = torch.linspace(1, 2, loss.numel(), dtype=F64).view(loss.shape)
+        outcomes.append((loss, *torch.autograd.grad(loss, (features, w, b), cotangent)))
+    assert all(torch.equal(a, e) for a, e in zip(*outcomes))
+    assert not outcomes[1][1][target == -100].any()
+    logp, lse = fused.linear_token_log_probs(bad, w, target, return_lse=True)
+    dx, dw = torch.autograd.grad(logp.sum() + lse.square().sum(), (bad, w))
+    assert not logp[target == -100].any() and not lse[target == -100].any() and not dx[target == -100].any() and dw.isfinite().all()
+
+
+def test_all_ignored():
+    x, w, _, b = drawn()
+    nobody = torch.full((T,), -100)
+    assert fused.linear_cross_entropy(x, w, nobody).isnan() and fused.linear_cross_entropy(x, w, nobody, empty="zero") == 0
+    assert fused.linear_cross_entropy(x, w, nobody, reduction="sum") == 0
+    for options in (dict(), dict(empty="zero"), dict(reduction="sum"), dict(return_lse=True), dict(weight=torch.rand(V, dtype=F64))):
+        loss = fused.linear_cross_entropy(x, w, nobody, linear_bias=b, **options)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        assert not any(g.any() for g in torch.autograd.grad(loss, (x, w, b)))
+
+
+@pytest.mark.parametrize("magnitude", (1.0, 40.0, 640.0))
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=name_of)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_error_does_not_grow_with_the_number_of_chunks(dtype, reduction, magnitude):
+    """The gradient of the weight is summed in float32 over the chunks and rounded once: half an ulp, however many there are."""
+    make = Make(dtype, seed=3)
+    x, w = make(256, 16, scale=magnitude**0.5), make(300, 16, scale=magnitude**0.5 / 4)
+    target = make.labels(256, classes=300)
+    cotangent = torch.rand(256, dtype=dtype) if reduction == "none" else torch.tensor(512.0, dtype=dtype)
+    wide = [t.double().requires_grad_() for t in (x, w)]
+    exact = torch.autograd.grad(eager(*wide, target, None, reduction=reduction), wide, cotangent.double())
+    leaves = x.requires_grad_(), w.requires_grad_()
+    for chunks in (1, 2, 8, 64, 256):
+        loss = fused.linear_cross_entropy(*leaves, target, reduction=reduction, options=Chunks(256 // chunks))
+        for found, r in zip(torch.autograd.grad(loss, leaves, cotangent), exact):
+            limit = 0.51 * torch.finfo(dtype).eps * r.abs() + 2e-5 * magnitude**0.5 * r.abs().max()
+            assert ((found.double() - r).abs() <= limit).all(), chunks
+
+
+def test_scaled_float16_neither_overflows_nor_vanishes():
+    """A loss scale of 65536 over a mean of many tokens: what is kept for the backward is float32."""
+    x, w, target, _ = drawn(F16, tokens=4000, ignore=None)
+    loss = fused.linear_cross_entropy(x, w, target)
+    scale = torch.tensor(60000.0, dtype=F16)
+    (dx,) = torch.autograd.grad(loss, x, scale)
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(eager(wide, w.double(), target, None, reduction="mean"), wide, scale.double())
+    torch.testing.assert_close(dx.double(), exact, rtol=1e-3, atol=1e-6)
+
+
+def held(f, *args, leaves):
+    """The most bytes beyond its arguments that a forward and backward holds."""
+    y = f(*args)
+    call = Call(dict(enumerate(args)), leaves, torch.ones_like(y))
+    return peak_bytes(lambda **_: f(*args), Call({}, call.leaves, call.cotangent), "cpu")
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=name_of)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_peak_memory(dtype, reduction):
+    """Within what the docstring says, which is half of one copy of the logits here."""
+    tokens, features, classes = 512, 256, 32000
+    x, w, target, _ = drawn(dtype, tokens, features, classes)
+    small = 1 << 20
+
+    def loss(x, w):
+        return fused.linear_cross_entropy(x, w, target, reduction=reduction)
+
+    for leaves in ((x, w), (x,), (w,)):
+        frozen = [t.requires_grad_(any(t is leaf for leaf in leaves)) for t in (x, w)]
+        grads = sum(t.nbytes for t in leaves)
+        wide_grads = sum(4 * t.numel() for t in leaves)
+        part = 0 if dtype == F32 else min(2**25, 4 * w.numel())
+        limit = 2**26 + 8 * tokens * features + part + wide_grads + grads + small
+        found = held(loss, *frozen, leaves=leaves)
+        assert found <= limit, f"{found / 1e6:.1f} MB instead of {limit / 1e6:.1f}"
+        if leaves[0] is x and len(leaves) == 1:  # frozen weight: nothing of its size but the part that is cast
+            assert found <= 2**26 + part + 16 * tokens * features + small
+    x.requires_grad_(), w.requires_grad_()
+    few = held(lambda x, w: fused.linear_cross_entropy(x, w, target, reduction=reduction, options=Chunks(16)), x, w, leaves=(x, w))
+    logits = 4 * 16 * classes
+    assert few <= logits + (0 if dtype == F32 else 2**25) + 4 * (x.numel() + w.numel()) + x.nbytes + w.nbytes + small
+
+
+def test_no_gradient_is_made_that_nobody_asks_for(monkeypatch):
+    x, w, target, b = drawn(F32)
+    seen, kernel = [], fused.linear_cross_entropy.__globals__["linear_cross_entropy_fwd"]
+
+    def recorded(*args):
+        seen.append(args[-1])
+        return kernel(*args)
+
+    monkeypatch.setitem(fused.linear_cross_entropy.__globals__, "linear_cross_entropy_fwd", recorded)
+    fused.linear_cross_entropy(x, w.detach(), target, linear_bias=b)
+    fused.linear_cross_entropy(x, w, target, reduction="none")
+    fused.linear_cross_entropy(x, w, target, return_lse=True)
+    with torch.no_grad():
+        fused.linear_cross_entropy(x, w, target)
+    assert [list(s) for s in seen] == [[True, False, True], [False] * 3, [False] * 3, [False] * 3]
+
+
+def test_micro_batches_add_up():
+    x, w, target, _ = drawn()
+    items = int((target != -100).sum())
+    whole = torch.autograd.grad(fused.linear_cross_entropy(x, w, target), (x, w))
+    parts = sum(fused.linear_cross_entropy(x[i], w, target[i], num_items=items) for i in (slice(0, 5), slice(5, T)))
+    for a, e in zip(torch.autograd.grad(parts, (x, w)), whole):
+        torch.testing.assert_close(a, e)
+
+
+def test_a_loss_of_log_probs():
+    """A preference loss and an importance ratio from the primitive, equal to eager; and the loss is its negative."""
+    x, w, target, b = drawn()
+    rejected = target.roll(1)
+
+    def preference(log_probs):
+        return -F.logsigmoid(log_probs(target).sum() - 0.5 * log_probs(rejected).exp().sum())
+
+    ours = preference(lambda t: fused.linear_token_log_probs(x, w, t, linear_bias=b, logit_scale=0.7))
+    theirs = preference(lambda t: -eager(x, w, t, b, logit_scale=0.7))
+    torch.testing.assert_close(ours, theirs)
+    for a, e in zip(torch.autograd.grad(ours, (x, w, b)), torch.autograd.grad(theirs, (x, w, b))):
+        torch.testing.assert_close(a, e)
+    assert torch.equal(fused.linear_token_log_probs(x, w, target), -fused.linear_cross_entropy(x, w, target, reduction="none"))
+
+
+def test_log_probs_of_16_bits_in_float32():
+    x, w, target, _ = drawn(BF16)
+    found = fused.linear_token_log_probs(x, w, target, dtype=F32)
+    assert found.dtype == F32
+    torch.testing.assert_close(found.double(), -eager(x.double(), w.double(), target, None), rtol=1e-5, atol=1e-5)
+
+
+def test_what_goes_through_the_whole_logits():
+    """Weights of several dimensions and probabilities, equal to torch and with our options."""
+    x, w, target, b = drawn(F32)
+    wide, bias = torch.randn(5, 2, 3, H, requires_grad=True), torch.randn(5, 2, 3)
+    labels = torch.randint(5, (T, 2, 3))
+    soft = torch.rand(T, V).softmax(1)
+    with pytest.raises(RuntimeError, match="linear_weight has more than two dimensions"):
+        fused.linear_cross_entropy(x, wide, labels)
+    with fusegrad.strict(False), pytest.warns(UserWarning, match="using the reference"):
+        found = fused.linear_cross_entropy(x, wide, labels, linear_bias=bias)
+        torch.testing.assert_close(found, F.linear_cross_entropy(x, wide, labels, linear_bias=bias))
+        found = fused.linear_cross_entropy(x, w, soft, linear_bias=b, label_smoothing=0.1)
+        torch.testing.assert_close(found, F.linear_cross_entropy(x, w, soft, linear_bias=b, label_smoothing=0.1))
+        loss = fused.linear_cross_entropy(x, wide, labels, z_loss=0.1, reduction="sum")
+        z = F.linear(x, wide.reshape(-1, H)).reshape(T, 5, 2, 3)
+        torch.testing.assert_close(loss, F.cross_entropy(z, labels, reduction="sum") + 0.1 * z.logsumexp(1).square().sum())
+        head, native = (m.LinearCrossEntropyLoss(H, 5, out_features=(2, 3), bias=True) for m in (fusegrad.nn, torch.nn))
+        head.load_state_dict(native.state_dict())
+        torch.testing.assert_close(head(x, labels), native(x, labels))
+
+
+def test_torchs_options():
+    x, w, target, _ = drawn(F32, tokens=64)
+    Options = torch.nn.LinearCrossEntropyOptions
+    expected = fused.linear_cross_entropy(x, w, target)
+    for options in (Options(), Options(batch_chunk_size=7), Options(chunking_method="aspect_ratio:3"), Options(acc_policy="compact")):
+        torch.testing.assert_close(fused.linear_cross_entropy(x, w, target, options=options), expected)
+        module = fusegrad.nn.LinearCrossEntropyLoss(H, V, options=options)
+        assert repr(module) == repr(torch.nn.LinearCrossEntropyLoss(H, V, options=options))
+        loss = module(x, target)  # as often as one likes, unlike torch's
+        one, two = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(one, two)
+
+
+def test_autocast():
+    x, w, target, _ = drawn(F32)
+    for a, dtype in itertools.product((x, x.detach().bfloat16().requires_grad_()), (F32,)):
+        with torch.autocast("cpu", dtype=BF16):
+            loss = fused.linear_cross_entropy(a, w, target)
+        assert loss.dtype == dtype
+        assert [g.dtype for g in torch.autograd.grad(loss, (a, w))] == [a.dtype, w.dtype]
+
+
+def test_a_tied_head_trains_as_torchs():
+    """Embedding and head are one parameter; twenty steps are those of torch's module."""
+
+    def train(nn):
+        torch.manual_seed(0)
+        embedding, head = torch.nn.Embedding(V, H).double(), nn.LinearCrossEntropyLoss(H, V).double()
+        head.linear.weight = embedding.weight
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+        tokens, losses = torch.randint(V, (40,)), []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = head(embedding(tokens[:-1]).tanh(), tokens[1:])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses, dtype=F64)
+
+    torch.testing.assert_close(train(fusegrad.nn), train(torch.nn), rtol=1e-9, atol=1e-9)
+
+
+x, w, labels = torch.randn(4, 6), torch.randn(9, 6), torch.tensor([0, 1, 2, 8])
+BAD = [
+    (lambda: fused.linear_cross_entropy([1.0], w, labels), TypeError, "linear_cross_entropy: input must be a Tensor, got list"),
+    (lambda: fused.linear_cross_entropy(x, torch.empty(0), labels), RuntimeError, "linear_cross_entropy: linear_weight must have shape [C, 6] for input [4, 6] (gather the head first if it is sharded), got [0]"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, linear_bias=torch.ones(8)), RuntimeError, "linear_cross_entropy: linear_bias must have shape [9], got [8]"),
+    (lambda: fused.linear_cross_entropy(x, w, labels[:3]), ValueError, "linear_cross_entropy: target must have one class per token, shape [4] for input [4, 6], got [3]"),
+    (lambda: fused.linear_cross_entropy(x, w, labels.int()), RuntimeError, "linear_cross_entropy: target must be int64 (class indices), got torch.int32"),
+    (lambda: fused.linear_cross_entropy(x, w, labels + 1), IndexError, "linear_cross_entropy: target must be in [0, 9) or ignore_index (-100), got 9"),
+    (lambda: fused.linear_cross_entropy(x, w.double(), labels), TypeError, "linear_cross_entropy: linear_weight must be Float, got Double"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, linear_bias=torch.ones(9).half()), TypeError, "linear_cross_entropy: linear_bias must be Float, got Half"),
+    (lambda: fused.linear_cross_entropy(x, w.to("meta"), labels), RuntimeError, "linear_cross_entropy: linear_weight must be a dense tensor on cpu, where the first argument is, got a tensor of layout Strided on meta"),
+    (lambda: fused.linear_cross_entropy(x, w.to_sparse(), labels), RuntimeError, "linear_cross_entropy: linear_weight must be a dense tensor on cpu, where the first argument is, got a tensor of layout Sparse on cpu"),
+    (lambda: fused.linear_cross_entropy(x[None], w, labels[None]), RuntimeError, "linear_cross_entropy: input must have one or two dimensions, got [1, 4, 6]"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, weight=torch.ones(8)), RuntimeError, "linear_cross_entropy: weight must have one element per class ([9]), got [8]"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, reduction="max"), ValueError, "linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', got 'max'"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, empty="one"), ValueError, "linear_cross_entropy: empty must be 'nan' or 'zero', got 'one'"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, label_smoothing=2.0), RuntimeError, "linear_cross_entropy: label_smoothing must be in [0, 1], got 2.0"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, num_items=0), ValueError, "linear_cross_entropy: num_items must be positive, got 0.0"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, num_items=3, reduction="sum"), ValueError, "linear_cross_entropy: num_items is the divisor of reduction='mean', got reduction='sum'"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, options=3), TypeError, "linear_cross_entropy: options must be a torch.nn.LinearCrossEntropyOptions or None, got int"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, options=torch.nn.LinearCrossEntropyOptions(acc_dtype=BF16)), RuntimeError, "linear_cross_entropy: options.acc_dtype must be None or torch.float32 for input of torch.float32, got torch.bfloat16"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method="aspect_ratio")), ValueError, "linear_cross_entropy: options must have batch_chunk_size or chunking_method, got 2 and 'aspect_ratio'"),
+    (lambda: fused.linear_cross_entropy(x, w, torch.rand(4, 9), ignore_index=3), ValueError, "linear_cross_entropy: ignore_index goes with class indices, got 3 and a target of probabilities"),
+    (lambda: fused.linear_cross_entropy(x[0], w[None], labels[0]), RuntimeError, "linear_cross_entropy: input must be [N, H] with a linear_weight of several dimensions [1, 9, 6], got [6]"),
+    (lambda: fused.linear_token_log_probs(x, w[None], labels), RuntimeError, "linear_token_log_probs: linear_weight must have two dimensions, got [1, 9, 6]"),
+    (lambda: fused.linear_token_log_probs(x, w, labels, dtype=BF16), TypeError, "linear_token_log_probs: dtype must be None, torch.float32 or torch.float32, got torch.bfloat16"),
+    (lambda: fused.linear_token_log_probs(x, w, labels, logit_softcap=-1), ValueError, "linear_token_log_probs: logit_softcap must be positive or None, got -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, text", BAD, ids=[text[22:70] for _, _, text in BAD])
+def test_error_texts(call, error, text):
+    with pytest.raises(error, match=re.escape(text) + "$") as info:
+        call()
+    assert type(info.value) is error
