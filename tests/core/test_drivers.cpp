@@ -16,6 +16,7 @@
 #include "../../csrc/ops/gated.h"
 #include "../../csrc/ops/pointwise.h"
 #include "../../csrc/ops/rms_norm.h"
+#include "../../csrc/ops/vocab_parallel_cross_entropy.h"
 #include "check.h"
 #include "reference.h"
 
@@ -283,6 +284,16 @@ void drive_all() {
   drive<variant>("CrossEntropyFwd all options", CrossEntropyFwd{{}, {-100, 0.1, 0.01, 3, 0.5}});
   drive<variant>("CrossEntropyBwd", CrossEntropyBwd{{}, {-100, 0, 0, 0, 1}});
   drive<variant>("CrossEntropyBwd all options", CrossEntropyBwd{{}, {-100, 0.1, 0.01, 3, 0.5}});
+  for (double some : {0.0, 0.1}) {
+    VocabParallelCrossEntropyFwd fwd{};
+    VocabParallelCrossEntropyBwd bwd{};
+    fwd.o = bwd.o = {-100, some, some, 30 * some, 1 - some};
+    fwd.first = bwd.first = 1, fwd.classes = bwd.classes = 5000;  // one shard of several
+    drive<variant>("VocabParallelCrossEntropyFwd", fwd, [](Operands<VocabParallelCrossEntropyFwd>& o) {
+      for (double& weight : o.param[0]) weight /= 16;  // below is a plain sum: it has the rounding errors of all columns
+    });
+    drive<variant>("VocabParallelCrossEntropyBwd", bwd);
+  }
   drive<variant>("LossTotal", LossTotal{{}, 0, true, false}, [](Operands<LossTotal>& o) {
     for (double& weight : o.in[LossTotal::kWeight]) weight = std::abs(weight);
   });

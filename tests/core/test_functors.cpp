@@ -7,6 +7,7 @@
 #include "../../csrc/ops/dropout.h"
 #include "../../csrc/ops/gated.h"
 #include "../../csrc/ops/rms_norm.h"
+#include "../../csrc/ops/vocab_parallel_cross_entropy.h"
 #include "check.h"
 #include "reference.h"
 
@@ -291,6 +292,61 @@ void cross_entropy_peculiar() {
   for (size_t i = 0; i < want.size(); ++i) CHECK_NEAR(b.out[B::kDx][i], want[i], 1e-15, "cross_entropy peculiar dx at ", i);
 }
 
+// The classes in shards: what their sums make of the loss, and each shard's gradient, are those of all classes at once.
+void vocab_parallel(const CrossEntropyOptions& o) {
+  using F = VocabParallelCrossEntropyFwd;
+  using B = VocabParallelCrossEntropyBwd;
+  const int64_t rows = int64_t(kLabels.size()), classes = 6, cols = 2;
+  Operands<CrossEntropyFwd> whole({{}, o}, rows, classes);
+  whole.index[0] = kLabels;
+  give_weights(whole, {});
+  whole.in[0][0] = whole.in[0][1] = -kInf;  // a shard without a logit
+  whole.run();
+  Operands<CrossEntropyBwd> gradient({{}, o}, rows, classes);
+  gradient.in[0] = whole.in[0], gradient.index[0] = kLabels;
+  give_weights(gradient, {});
+  gradient.scalar_in[CrossEntropyBwd::kTop] = whole.scalar_out[CrossEntropyFwd::kTop];
+  gradient.scalar_in[CrossEntropyBwd::kLogSum] = whole.scalar_out[CrossEntropyFwd::kLogSum];
+  gradient.run();
+
+  std::vector<Operands<F>> shards;
+  for (int64_t first = 0; first < classes; first += cols) {
+    F op{};
+    op.o = o, op.first = first, op.classes = classes;
+    Operands<F>& f = shards.emplace_back(op, rows, cols);
+    f.index[0] = kLabels;
+    f.param[0].clear();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) f.in[0][r * cols + c] = whole.in[0][r * classes + first + c];
+    f.run();
+    B bwd{};
+    bwd.o = o, bwd.first = first, bwd.classes = classes;
+    Operands<B> b(bwd, rows, cols);
+    b.in[0] = f.in[0], b.index[0] = kLabels;
+    b.param[0].clear();
+    for (int i = 0; i < B::scalar_in; ++i) b.scalar_in[i] = gradient.scalar_in[i];
+    b.run();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c)
+        CHECK_NEAR(b.out[0][r * cols + c], gradient.out[0][r * classes + first + c], 1e-14, "vocab_parallel dx of row ", r, " at ",
+                   first + c);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    double top = -kInf, mass = 0, below = 0, label = 0;
+    for (const auto& f : shards) top = std::max(top, f.scalar_out[F::kTop][r]);
+    for (const auto& f : shards) {
+      const double apart = top - f.scalar_out[F::kTop][r];
+      mass += f.scalar_out[F::kMass][r] * std::exp(-apart), label += f.scalar_out[F::kLabel][r];
+      below += f.scalar_out[F::kBelow][r] + double(cols) * apart;
+    }
+    const double log_sum = kLabels[r] == kIgnore ? 0 : std::log(mass), lse = top + log_sum;
+    double loss = (1 - o.smoothing) * ((top - label) + log_sum) + o.z_loss * lse * lse;
+    if (o.smoothing != 0 && kLabels[r] != kIgnore) loss += o.smoothing / classes * (below + classes * log_sum);
+    CHECK_NEAR(loss, whole.scalar_out[CrossEntropyFwd::kLoss][r], 1e-13, "vocab_parallel loss of row ", r);
+    CHECK_NEAR(lse, whole.scalar_out[CrossEntropyFwd::kLse][r], 1e-14, "vocab_parallel lse of row ", r);
+  }
+}
+
 // num_items is what a tensor says, over the number items; 0 stands for none.
 void loss_total(double items, double num_items, bool mean, bool empty_is_zero, const Values& loss, const Values& weight) {
   using L = LossTotal;
@@ -376,6 +432,7 @@ int main() {
         for (double scale : {1.0, 0.5})
           for (bool weighted : {false, true}) {
             const CrossEntropyOptions o{kIgnore, smoothing, z_loss, softcap, scale};
+            if (!weighted) vocab_parallel(o);
             cross_entropy(o, weighted, true, false, Reduce::none);
             cross_entropy(o, weighted, false, true, Reduce::none);
             cross_entropy(o, weighted, true, true, Reduce::sum);
