@@ -41,7 +41,8 @@ class Op:
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
     kernels: tuple | None = None  # registered functions that a forward and a backward call; None: <family>_fwd and <family>_bwd
     true_gradient: bool = True  # False: its gradient is by design not the derivative of its value
-    gemm: bool = False  # made of torch's matrix products too, whose rounding and bits depend on dtype, layout and threads
+    layout_bits: bool = True  # False: it sums in the order of memory, so that the last bits of a sum depend on the layout
+    gemm: bool = False  # made of torch's matrix products too, whose rounding depends on the dtype, and the last bits on threads
 
     @property
     def family(self) -> str:
