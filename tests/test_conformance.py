@@ -82,7 +82,7 @@ def test_layouts(case, layout):
     sample = laid_out(sample, layout)
     cotangent = tuple(lay_out(g, layout) for g in cotangents(call(op, sample)))
     found = run(op, sample, cotangent)
-    if DEVICE == "cpu" and not op.gemm:
+    if DEVICE == "cpu" and op.layout_bits:
         dense = Sample(sample.name, {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in sample.kwargs.items()})
         for (k, a), b in zip(found.items(), run(op, dense, tuple(g.contiguous() for g in cotangent)).values()):
             assert same_bits(a, b), k
@@ -116,7 +116,7 @@ def test_beyond_2_to_31_elements(op):
     far = torch.empty(2**31 + 200, dtype=F16, device=DEVICE).as_strided((3, cols), (2**30, 1)).copy_(kwargs[main])
     cotangent = cotangents(call(op, Sample("near", kwargs)))
     near, result = run(op, Sample("near", kwargs), cotangent), run(op, Sample("far", kwargs | {main: far}), cotangent)
-    if op.gemm:
+    if not op.layout_bits:
         check(op, Sample("near", kwargs), result, cotangent)
         return
     for (k, a), b in zip(near.items(), result.values()):
@@ -397,7 +397,10 @@ def test_lazy_bits(case):
     expected = run(op, dense, cotangent)
     lazy = tuple(torch.complex(torch.zeros_like(g), -g).conj().imag for g in cotangent)
     for (k, a), b in zip(run(op, Sample("", sample.kwargs | negated), lazy).items(), expected.values()):
-        assert same_bits(a.resolve_neg(), b), k
+        if op.layout_bits:
+            assert same_bits(a.resolve_neg(), b), k
+        else:
+            torch.testing.assert_close(a.resolve_neg(), b)
     zeros = tuple(torch._efficientzerotensor(y.shape, dtype=y.dtype, device=DEVICE) for y in cotangent)
     dense_zeros = tuple(torch.zeros_like(y) for y in cotangent)
     for a, b in zip(run(op, sample, zeros).values(), run(op, sample, dense_zeros).values()):

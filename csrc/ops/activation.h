@@ -70,16 +70,9 @@ struct Activation {
       case Act::square: return A(2) * x;
       case Act::cube: return A(3) * x * x;
       case Act::squared_relu: return A(2) * larger(x, A(0));
-      case Act::gelu: return normal_below(x) + x * of<A>(0.3989422804014327) * exp(of<A>(-0.5) * x * x);
-      case Act::gelu_tanh: {
-        const A t = tanh(tanh_argument(x)), near = bounded(x);
-        const A slope = of<A>(kTanhScale) * (A(1) + of<A>(3 * kTanhCube) * near * near);
-        return of<A>(0.5) * (A(1) + t) + of<A>(0.5) * x * (A(1) - t * t) * slope;
-      }
-      case Act::silu: {
-        const A s = sigmoid(x);
-        return s * fma(x, A(1) - s, A(1));
-      }
+      case Act::gelu: return gelu_slope(x, normal_below(x));
+      case Act::gelu_tanh: return gelu_tanh_slope(x, tanh(tanh_argument(x)));
+      case Act::silu: return silu_slope(x, sigmoid(x));
       case Act::softplus: return select(x > A(20), A(1), sigmoid(x));
       case Act::elu: return select(x <= A(0), exp(x), A(1));
       case Act::mish: {
@@ -88,6 +81,30 @@ struct Activation {
       }
       case Act::hardswish: return select(x <= A(-3), A(0), select(x >= A(3), A(1), x * of<A>(1.0 / 3) + of<A>(0.5)));
       default: return A(1);
+    }
+  }
+
+  // Both, where they share their most expensive part.
+  template <class A>
+  FUSEGRAD_FN void both(A x, A& y, A& slope) const {
+    switch (kind) {
+      case Act::gelu: {
+        const A p = normal_below(x);
+        y = x * p, slope = gelu_slope(x, p);
+        return;
+      }
+      case Act::gelu_tanh: {
+        const A t = tanh(tanh_argument(x));
+        y = of<A>(0.5) * x * (A(1) + t), slope = gelu_tanh_slope(x, t);
+        return;
+      }
+      case Act::silu: {
+        const A s = sigmoid(x);
+        y = x * s, slope = silu_slope(x, s);
+        return;
+      }
+      case Act::sigmoid: y = sigmoid(x), slope = y * (A(1) - y); return;
+      default: y = value(x), slope = derivative(x);
     }
   }
 
@@ -107,6 +124,19 @@ struct Activation {
   template <class A>
   FUSEGRAD_FN A slope() const {
     return of<A>(negative_slope);
+  }
+  template <class A>
+  FUSEGRAD_FN static A silu_slope(A x, A s) {
+    return s * fma(x, A(1) - s, A(1));
+  }
+  template <class A>
+  FUSEGRAD_FN static A gelu_slope(A x, A p) {
+    return p + x * of<A>(0.3989422804014327) * exp(of<A>(-0.5) * x * x);
+  }
+  template <class A>
+  FUSEGRAD_FN static A gelu_tanh_slope(A x, A t) {
+    const A near = bounded(x), slope = of<A>(kTanhScale) * (A(1) + of<A>(3 * kTanhCube) * near * near);
+    return of<A>(0.5) * (A(1) + t) + of<A>(0.5) * x * (A(1) - t * t) * slope;
   }
   // P(X < x) of a standard normal X.
   template <class A>

@@ -29,8 +29,11 @@ struct GatedBwd : MapOp {
   template <class A>
   FUSEGRAD_FN void map(const In<GatedBwd, A>& in, Out<GatedBwd, A>& out) const {
     constexpr Activation f{act};
-    out.y[kDg] = f.gradient(in.x[kDy] * in.x[kU], in.x[kG]);
-    out.y[kDu] = in.x[kDy] * f.value(in.x[kG]);
+    const A g = in.x[kG], dyu = in.x[kDy] * in.x[kU];
+    A y, slope;
+    f.both(g, y, slope);
+    out.y[kDg] = act == Act::relu ? f.gradient(dyu, g) : dyu * slope;
+    out.y[kDu] = in.x[kDy] * y;
   }
 };
 

@@ -42,7 +42,8 @@ class Op:
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
     kernels: tuple | None = None  # registered functions that a forward and a backward call; None: <family>_fwd and <family>_bwd
     true_gradient: bool = True  # False: its gradient is by design not the derivative of its value
-    # "torch" or "wide": made of ATen's matrix products too, whose bits depend on layout and threads. "torch": they round in 16 bits and
+    layout_bits: bool = True  # False: it sums in the order of memory, so that the last bits of a sum depend on the layout
+    # "torch" or "wide": made of ATen's matrix products too, whose last bits depend on threads. "torch": they round in 16 bits and
     # allocate as torch's function does, "wide": they give the accumulate type.
     gemm: str = ""
     workspace: Callable = lambda kwargs: 0  # workspace(kwargs): documented bytes that a call needs beside its results

@@ -169,4 +169,5 @@ BIAS_ACT = Op(
     module=BiasAct,
     saved_bytes=lambda kwargs: sum(kwargs[k].nbytes for k in ("input", "bias") if k in kwargs),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), bias=make.param(cols), activation="gelu"),
+    layout_bits=False,  # of an image the bias's gradient is summed by columns or by rows
 )

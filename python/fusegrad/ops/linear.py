@@ -170,5 +170,6 @@ LINEAR = Op(
     bench=_bench,
     shapes=((4, 64), (512, 512), (2048, 1024), (4096, 256)),
     kernels=("bias_act_fwd", "bias_act_bwd"),
+    layout_bits=False,
     gemm="torch",
 )
