@@ -17,23 +17,16 @@ def gpt(layers, device):
     import train_gpt
 
     options = SimpleNamespace(dim=256, heads=4, layers=4, context=128, seed=0)
-    return train_gpt.GPT(layers, options).to(device), torch.randint(256, (16, 129), device=device)
+    model = train_gpt.GPT(train_gpt.FUSEGRAD if layers is fusegrad else train_gpt.TORCH, options)
+    return model.to(device), torch.randint(256, (16, 129), device=device)
 
 
-class MLP(nn.Module):
-    """Wide and shallow: the layers between the products are a large part of it."""
+class Classifier(nn.Module):
+    """A body and the loss of what comes out of it."""
 
-    def __init__(self, layers):
+    def __init__(self, body, loss):
         super().__init__()
-        self.body = nn.Sequential(
-            *(
-                layer
-                for _ in range(3)
-                for layer in (layers.RMSNorm(512), nn.Linear(512, 2048, bias=False), layers.SwiGLU(), nn.Linear(1024, 512, bias=False))
-            ),
-            nn.Linear(512, 1000, bias=False),
-        )
-        self.loss = layers.CrossEntropyLoss()
+        self.body, self.loss = body, loss
 
     def forward(self, batch):
         x, target = batch
@@ -41,7 +34,22 @@ class MLP(nn.Module):
 
 
 def mlp(layers, device):
-    return MLP(layers).to(device), (torch.randn(2048, 512, device=device), torch.randint(1000, (2048,), device=device))
+    """Wide and shallow: the layers between the products are a large part of it."""
+    import train_gpt
+
+    norm, gated = (fusegrad.nn.RMSNorm, fusegrad.nn.GatedMLP) if layers is fusegrad else (nn.RMSNorm, train_gpt.EagerGatedMLP)
+    body = nn.Sequential(*(layer for _ in range(3) for layer in (norm(512), gated(512, 1024))), nn.Linear(512, 1000, bias=False))
+    batch = torch.randn(2048, 512, device=device), torch.randint(1000, (2048,), device=device)
+    return Classifier(body, layers.nn.CrossEntropyLoss()).to(device), batch
+
+
+def conv(layers, device):
+    """The residual network of the example on images, on larger ones."""
+    import train_images
+
+    network = train_images.Network(train_images.OURS if layers is fusegrad else train_images.TORCH, 64, 4)
+    batch = torch.randn(64, 1, 32, 32, device=device), torch.randint(10, (64,), device=device)
+    return Classifier(network, layers.nn.CrossEntropyLoss()).to(device), batch
 
 
 def step_of(make, layers, device):
@@ -59,12 +67,10 @@ def step_of(make, layers, device):
 
 def main(args, console):
     import measure
-    import train_gpt
 
     table = Table("network", "torch.nn ms", "fusegrad ms", "ratio", title="a training step, median")
-    for name, make in dict(gpt=gpt, mlp=mlp).items():
-        both = (train_gpt.TORCH, fusegrad.nn)
-        clocks = [measure.Clock(step_of(make, layers, args.device), args.device, args.threads) for layers in both]
+    for name, make in dict(gpt=gpt, mlp=mlp, conv=conv).items():
+        clocks = [measure.Clock(step_of(make, layers, args.device), args.device, args.threads) for layers in (torch, fusegrad)]
         times = [[], []]
         for _ in range(max(args.rounds, 3)):
             for t, clock in zip(times, clocks):

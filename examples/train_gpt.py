@@ -43,39 +43,77 @@ class InputError(Exception):
     """An input the program cannot work with; the message is for the user."""
 
 
-class EagerSwiGLU(nn.Module):
-    """SwiGLU in PyTorch's own operations, since torch.nn has none: silu(first half) * second half."""
+# What torch.nn has no layer for, in PyTorch's own operations.
+class EagerAddRMSNorm(nn.RMSNorm):
+    """The sum of two tensors, normalized, and the sum itself."""
 
-    def forward(self, packed):
-        gate, up = packed.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def forward(self, x, residual):
+        total = x + residual
+        return super().forward(total), total
 
 
-TORCH = SimpleNamespace(RMSNorm=nn.RMSNorm, SwiGLU=EagerSwiGLU, CrossEntropyLoss=nn.CrossEntropyLoss)
+class EagerGatedMLP(nn.Module):
+    """down(silu(gate) * up), gate and up by one product."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def eager_rotary_embedding(q, k, cos, sin):
+    """Queries and keys turned by an angle that grows with their position."""
+    return tuple(x * cos + torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) * sin for x in (q, k))
+
+
+class EagerLinearCrossEntropyLoss(nn.Module):
+    """A linear layer to the classes, and the cross entropy of what comes out."""
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.linear = nn.Linear(features, classes, bias=False)
+
+    def forward(self, x, target):
+        return F.cross_entropy(self.linear(x), target)
+
+
+TORCH = SimpleNamespace(
+    RMSNorm=nn.RMSNorm,
+    AddRMSNorm=EagerAddRMSNorm,
+    GatedMLP=EagerGatedMLP,
+    rotary_embedding=eager_rotary_embedding,
+    LinearCrossEntropyLoss=EagerLinearCrossEntropyLoss,
+)
+FUSEGRAD = SimpleNamespace(
+    RMSNorm=fusegrad.nn.RMSNorm,
+    AddRMSNorm=fusegrad.nn.AddRMSNorm,
+    GatedMLP=fusegrad.nn.GatedMLP,
+    rotary_embedding=fusegrad.functional.rotary_embedding,
+    LinearCrossEntropyLoss=fusegrad.nn.LinearCrossEntropyLoss,
+)
 
 
 class Block(nn.Module):
-    """One transformer block: causal attention, then a gated feed-forward network, each normalized and residual."""
+    """Causal attention, then a gated feed-forward network, each added to the residual stream and the sum normalized for the next."""
 
     def __init__(self, layers, dim, heads):
         super().__init__()
-        self.heads = heads
-        hidden = 8 * dim // 3
-        self.attention_norm = layers.RMSNorm(dim, eps=1e-5)
+        self.heads, self.rotary_embedding = heads, layers.rotary_embedding
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attention_out = nn.Linear(dim, dim, bias=False)
-        self.mlp = nn.Sequential(
-            layers.RMSNorm(dim, eps=1e-5),
-            nn.Linear(dim, 2 * hidden, bias=False),
-            layers.SwiGLU(),
-            nn.Linear(hidden, dim, bias=False),
-        )
+        self.attention_norm = layers.AddRMSNorm(dim, eps=1e-5)
+        self.mlp = layers.GatedMLP(dim, 8 * dim // 3)
+        self.mlp_norm = layers.AddRMSNorm(dim, eps=1e-5)
 
-    def forward(self, x):
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, normed, x, cos, sin):
+        q, k, v = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.rotary_embedding(q, k, cos, sin)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(x)
+        normed, x = self.attention_norm(self.attention_out(attended.transpose(1, 2).flatten(2)), x)
+        return self.mlp_norm(self.mlp(normed), x)
 
 
 class GPT(nn.Module):
@@ -84,19 +122,24 @@ class GPT(nn.Module):
     def __init__(self, layers, options):
         super().__init__()
         self.embedding = nn.Embedding(256, options.dim)
-        self.position = nn.Embedding(options.context, options.dim)
-        self.blocks = nn.Sequential(*(Block(layers, options.dim, options.heads) for _ in range(options.layers)))
         self.norm = layers.RMSNorm(options.dim, eps=1e-5)
-        self.head = nn.Linear(options.dim, 256, bias=False)
-        self.loss = layers.CrossEntropyLoss()
+        self.blocks = nn.ModuleList(Block(layers, options.dim, options.heads) for _ in range(options.layers))
+        self.loss = layers.LinearCrossEntropyLoss(options.dim, 256)
+        size = options.dim // options.heads
+        angles = torch.arange(options.context)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, batch):
         inputs, targets = batch[:, :-1], batch[:, 1:]
-        x = self.blocks(self.embedding(inputs) + self.position.weight)
-        return self.loss(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+        x = self.embedding(inputs)
+        normed = self.norm(x)
+        for block in self.blocks:
+            normed, x = block(normed, x, self.cos, self.sin)
+        return self.loss(normed.flatten(0, 1), targets.flatten())
 
 
 class Run:
@@ -241,7 +284,7 @@ def compare(options):
     except OSError as error:
         raise InputError(f"cannot write to {out}: expected a writable directory, got: {error.strerror}") from error
     torch.set_num_threads(options.threads)
-    reference, ours, halves = Run(TORCH, options), Run(fusegrad.nn, options), Run(TORCH, options, parts=2)
+    reference, ours, halves = Run(TORCH, options), Run(FUSEGRAD, options), Run(TORCH, options, parts=2)
     runs = {"torch.nn": reference, "fusegrad": ours, "torch.nn in halves": halves}
     weights, theirs = ours.model.state_dict(), reference.model.state_dict()
     assert weights.keys() == theirs.keys() and all(torch.equal(weights[name], theirs[name]) for name in weights)
@@ -296,7 +339,7 @@ def parse_options():
         ("context", 2, 128, "bytes per sequence"),
         ("dim", 1, 128, "model width"),
         ("layers", 1, 4, "transformer blocks"),
-        ("heads", 1, 4, "attention heads, a divisor of --dim"),
+        ("heads", 1, 4, "attention heads of even size"),
         ("seed", 0, 0, "seed of weights and batches"),
         ("threads", 1, torch.get_num_threads(), "CPU threads"),
     )
@@ -309,8 +352,8 @@ def parse_options():
             parser.error(f"argument --{name}: expected a number from {least} to {2**31 - 1}, got {value}")
     if options.batch % 2:
         parser.error(f"argument --batch: expected an even number, got {options.batch}")
-    if options.dim % options.heads:
-        parser.error(f"argument --heads: expected a divisor of --dim {options.dim}, got {options.heads}")
+    if options.dim % (2 * options.heads):
+        parser.error(f"argument --heads: expected {options.dim} (--dim) / heads to be an even number, got {options.heads}")
     count = torch.cuda.device_count()
     known = ["cpu", *["cuda"][:count], *(f"cuda:{index}" for index in range(count))]
     if options.device not in (None, *known):

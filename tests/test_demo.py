@@ -1,4 +1,4 @@
-"""The demo's errors, and a short run of it on a small text."""
+"""The examples' errors, and short runs of them."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_gpt.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def demo(tmp_path, *args):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--threads", "1", *args]
+def demo(tmp_path, *args, script="train_gpt"):
+    command = [sys.executable, str(EXAMPLES / f"{script}.py"), "--out", str(tmp_path / "out"), "--threads", "1", *args]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -40,3 +40,34 @@ def test_short_run(tmp_path):
         assert text in done.stdout
     result = json.loads((tmp_path / "out" / "train_gpt.json").read_text())
     assert result and (tmp_path / "out" / "train_gpt.png").stat().st_size > 10_000
+
+
+IMAGES = {"train_images": ("--steps", "30", "--width", "8", "--blocks", "1"), "domain_adaptation": ("--steps", "30", "--seeds", "2")}
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_short_run_on_images(tmp_path, script):
+    """So few steps adapt to nothing (exit code 1); what is checked is that fusegrad follows torch.nn."""
+    done = demo(tmp_path, *IMAGES[script], script=script)
+    assert done.returncode in ((0,) if script == "train_images" else (0, 1)) and "Traceback" not in done.stderr, done.stderr
+    assert "PASSED: fusegrad trains like torch.nn" in done.stdout, done.stdout + done.stderr
+    assert json.loads((tmp_path / "out" / f"{script}.json").read_text())["errors"]
+    assert (tmp_path / "out" / f"{script}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_bad_options_of_images(tmp_path, script):
+    done = demo(tmp_path, "--steps", "0", script=script)
+    assert done.returncode == 2 and "argument --steps: expected a number from 2 to" in done.stderr
+    (tmp_path / "out").write_text("no directory")
+    done = demo(tmp_path, script=script)
+    assert done.returncode == 2 and done.stderr.startswith(f"{script}: error: cannot write to") and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.rotating(2)
+@pytest.mark.parametrize("script", ("train_gpt", *IMAGES))
+def test_whole_run(tmp_path, script):
+    """As a user runs it: it checks itself."""
+    done = demo(tmp_path, script=script)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
