@@ -57,11 +57,11 @@ def machine(args) -> dict:
 
 @dataclass
 class Call:
-    """One set of arguments: the leaves that gradients are taken of, and the incoming gradient."""
+    """One set of arguments: the leaves that gradients are taken of, and the incoming gradients."""
 
     kwargs: dict
     leaves: list
-    cotangent: torch.Tensor
+    cotangent: tuple
 
     def tensors(self):
         return [v for v in self.kwargs.values() if isinstance(v, torch.Tensor)]
@@ -70,21 +70,27 @@ class Call:
         return f(**self.kwargs)
 
     def both(self, f):
-        return torch.autograd.grad(f(**self.kwargs), self.leaves, self.cotangent)
+        return torch.autograd.grad(results(f(**self.kwargs)), self.leaves, self.cotangent)
+
+
+def results(y) -> tuple:
+    return y if isinstance(y, tuple) else (y,)
 
 
 def prepare(op, dtype, rows, cols, device, seed) -> Call:
     kwargs = op.bench(Make(dtype, device=device, seed=seed), rows, cols)
-    leaves = [v.requires_grad_() for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    y = op.functional(**kwargs)
-    return Call(kwargs, leaves, torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y))
+    tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    leaves = [v.requires_grad_() for k, v in tensors.items() if k not in op.constants]
+    draw = torch.Generator().manual_seed(seed)
+    return Call(kwargs, leaves, tuple(torch.randn(y.shape, generator=draw).to(y) for y in results(op.functional(**kwargs))))
 
 
 def bytes_moved(call, y) -> dict:
     """What must be read and written once: forward the arguments and the result, backward the arguments, the incoming gradient and
     the gradients."""
     arguments = sum(t.nbytes for t in call.tensors())
-    forward, backward = arguments + y.nbytes, arguments + call.cotangent.nbytes + sum(t.nbytes for t in call.leaves)
+    forward = arguments + sum(t.nbytes for t in results(y))
+    backward = arguments + sum(t.nbytes for t in (*call.cotangent, *call.leaves))
     return dict(forward=forward, backward=backward, both=forward + backward)
 
 
@@ -139,18 +145,17 @@ def wrong(op, name, f, call) -> str | None:
 
     if op.random and name != "fusegrad":  # it draws otherwise, and there is nothing to compare it with
         return None
-    cotangent = (call.cotangent,)
     torch.manual_seed(17)
-    found = {"output 0": call.forward(f).detach()}
+    found = {f"output {i}": y.detach() for i, y in enumerate(results(call.forward(f)))}
     torch.manual_seed(17)
     keys = [k for k, v in call.kwargs.items() if any(v is leaf for leaf in call.leaves)]
     found |= {f"gradient of {k}": g for k, g in zip(keys, call.both(f))}
     sample = Sample("bench", {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.kwargs.items()})
     if name == "fusegrad":
-        return budget_breach(op, sample, found, cotangent, keys)
-    dtype = call.cotangent.dtype
+        return budget_breach(op, sample, found, call.cotangent, keys)
+    dtype = call.cotangent[0].dtype
     limit = (4 if dtype.itemsize == 2 else 100) * torch.finfo(dtype).eps
-    for k, r in reference(op, sample, torch.float64, cotangent, keys).items():
+    for k, r in reference(op, sample, torch.float64, call.cotangent, keys).items():
         error = (found[k].double() - r).norm() / r.norm()
         if not error <= limit:
             return f"{k}: relative error {error:.1e}"
@@ -189,7 +194,7 @@ def steps_of(f, calls, phase):
     """A function of no arguments that does the phase on the next set of arguments."""
     turn = itertools.cycle(range(len(calls)))
     if phase == "backward":
-        graphs = [call.forward(f) for call in calls]
+        graphs = [results(call.forward(f)) for call in calls]
         return lambda: torch.autograd.grad(graphs[i := next(turn)], calls[i].leaves, calls[i].cotangent, retain_graph=True)
     return lambda: getattr(calls[next(turn)], phase)(f)
 

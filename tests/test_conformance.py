@@ -354,7 +354,8 @@ def test_forward_mode(case):
             pushed = [forward_ad.unpack_dual(y).tangent for y in call(op, Sample("", sample.kwargs | {k: dual}))]
         s, leaves = with_grad(op, sample)
         pulled = torch.autograd.grad(call(op, s), leaves[k], cotangent)[0]
-        torch.testing.assert_close(sum((p * g).sum() for p, g in zip(pushed, cotangent)), (pulled * direction).sum(), rtol=1e-9, atol=1e-9)
+        total = sum((p * g).sum() for p, g in zip(pushed, cotangent) if p is not None)  # None: does not depend on k
+        torch.testing.assert_close(total, (pulled * direction).sum(), rtol=1e-9, atol=1e-9)
 
 
 @each((F64, F64))
@@ -486,7 +487,9 @@ def test_export_keeps_one_named_op(op):
     named = [n for n in program.graph.nodes if n.op == "call_function" and "fusegrad" in str(n.target)]
     assert [str(n.target) for n in named] == [f"fusegrad.{op.family}_fwd.default"]
     torch.manual_seed(17)
-    torch.testing.assert_close(program.module()(**kwargs), call(op, Sample("", kwargs))[0], rtol=0, atol=0)
+    found = program.module()(**kwargs)
+    for a, b in zip(found if isinstance(found, tuple) else (found,), call(op, Sample("", kwargs))):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("reentrant", (False, True), ids=("nonreentrant", "reentrant"))
@@ -523,7 +526,7 @@ def test_autocast_dtype(op, dtype):
     """Under autocast an op returns the dtype of torch's function, and gradients in the dtypes of the inputs."""
     sample = Sample("", op.bench(Make(dtype), 4, 16))
     with torch.autocast(DEVICE, dtype=BF16):
-        (y,) = call(op, sample)
+        y, *_ = call(op, sample)
         expected = op.torch(**sample.kwargs).dtype if op.torch else dtype
     assert y.dtype == expected
     s, leaves = with_grad(op, sample)

@@ -31,4 +31,12 @@ std::tuple<Tensor, Tensor> dropout_bwd(const Tensor& dy, const OptTensor& bias, 
                                        std::array<bool, 2> needed);
 Tensor dropout_mask(const Tensor& seed, c10::SymIntArrayRef sizes, double p);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_fwd(const Tensor& q, const Tensor& k, const OptTensor& q_weight,
+                                                      const OptTensor& k_weight, const Tensor& cos, const Tensor& sin, bool normed,
+                                                      double eps, bool interleaved);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_bwd(const OptTensor& dq_out, const OptTensor& dk_out, const OptTensor& q,
+                                                      const OptTensor& k, const OptTensor& q_weight, const OptTensor& k_weight,
+                                                      const OptTensor& q_rstd, const OptTensor& k_rstd, const Tensor& cos,
+                                                      const Tensor& sin, bool interleaved, std::array<bool, 4> needed);
+
 }  // namespace fusegrad

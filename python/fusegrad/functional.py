@@ -3,6 +3,7 @@
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import bias_dropout_add, dropout
 from .ops.rms_norm import rms_norm
+from .ops.rotary import qk_norm_rope, rotary_embedding
 from .ops.swiglu import swiglu
 
-__all__ = ["bias_dropout_add", "cross_entropy", "dropout", "rms_norm", "swiglu"]
+__all__ = ["bias_dropout_add", "cross_entropy", "dropout", "qk_norm_rope", "rms_norm", "rotary_embedding", "swiglu"]

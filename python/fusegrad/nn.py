@@ -3,6 +3,7 @@
 from .ops.cross_entropy import CrossEntropyLoss
 from .ops.dropout import BiasDropoutAdd, Dropout
 from .ops.rms_norm import RMSNorm
+from .ops.rotary import RotaryEmbedding
 from .ops.swiglu import SwiGLU
 
-__all__ = ["BiasDropoutAdd", "CrossEntropyLoss", "Dropout", "RMSNorm", "SwiGLU"]
+__all__ = ["BiasDropoutAdd", "CrossEntropyLoss", "Dropout", "RMSNorm", "RotaryEmbedding", "SwiGLU"]
