@@ -20,6 +20,12 @@
     "(Tensor dy, Tensor x, Tensor? b, int act, float scale, float slope, int dim, bool[2] needed) -> (Tensor, Tensor)")            \
   _(pointwise_fwd, "(Tensor x, int number, float factor) -> Tensor")                                                               \
   _(pointwise_bwd, "(Tensor dy, Tensor? saved, int number, float factor) -> Tensor")                                               \
+  _(rotary_fwd,                                                                                                                    \
+    "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, bool normed, float eps,"                     \
+    " bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)")                                                                      \
+  _(rotary_bwd,                                                                                                                    \
+    "(Tensor? dq_out, Tensor? dk_out, Tensor? q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_rstd, Tensor? k_rstd,"   \
+    " Tensor cos, Tensor sin, bool interleaved, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                              \
   _(cross_entropy_fwd,                                                                                                             \
     "(Tensor x, Tensor target, Tensor? w, Tensor? num_items, int ignore_index, float smoothing, float z_loss,"                     \
     " float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide, bool return_lse)"            \

@@ -358,8 +358,8 @@ def test_forward_mode(case):
         s, leaves = with_grad(op, sample)
         pulled = torch.autograd.grad(call(op, s), leaves[k], cotangent)[0]
         if op.true_gradient:
-            expected = (pulled * direction).sum()
-            torch.testing.assert_close(sum((p * g).sum() for p, g in zip(pushed, cotangent)), expected, rtol=1e-9, atol=1e-9)
+            total = sum((p * g).sum() for p, g in zip(pushed, cotangent) if p is not None)  # None: does not depend on k
+            torch.testing.assert_close(total, (pulled * direction).sum(), rtol=1e-9, atol=1e-9)
 
 
 @each((F64, F64))
@@ -496,7 +496,8 @@ def test_export_keeps_one_named_op(op):
     assert [str(n.target) for n in named] == [f"fusegrad.{kernel}.default" for kernel in op.kernels if kernel.endswith("_fwd")]
     torch.manual_seed(17)
     found = program.module()(**kwargs)
-    torch.testing.assert_close(found if type(found) is tuple else (found,), call(op, Sample("", kwargs)), rtol=0, atol=0)
+    for a, b in zip(found if isinstance(found, tuple) else (found,), call(op, Sample("", kwargs))):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("reentrant", (False, True), ids=("nonreentrant", "reentrant"))
@@ -533,7 +534,7 @@ def test_autocast_dtype(op, dtype):
     """Under autocast an op returns the dtype of torch's function, and gradients in the dtypes of the inputs."""
     sample = Sample("", op.bench(Make(dtype), 4, 16))
     with torch.autocast(DEVICE, dtype=BF16):
-        (y,) = call(op, sample)
+        y, *_ = call(op, sample)
         expected = op.torch(**sample.kwargs).dtype if op.torch else dtype
     assert y.dtype == expected
     s, leaves = with_grad(op, sample)

@@ -77,4 +77,12 @@ Tensor vocab_parallel_cross_entropy_bwd(const OptTensor& dloss, const OptTensor&
                                         int64_t classes, int64_t ignore_index, double smoothing, double z_loss, double softcap,
                                         double scale);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_fwd(const Tensor& q, const Tensor& k, const OptTensor& q_weight,
+                                                      const OptTensor& k_weight, const Tensor& cos, const Tensor& sin, bool normed,
+                                                      double eps, bool interleaved);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_bwd(const OptTensor& dq_out, const OptTensor& dk_out, const OptTensor& q,
+                                                      const OptTensor& k, const OptTensor& q_weight, const OptTensor& k_weight,
+                                                      const OptTensor& q_rstd, const OptTensor& k_rstd, const Tensor& cos,
+                                                      const Tensor& sin, bool interleaved, std::array<bool, 4> needed);
+
 }  // namespace fusegrad

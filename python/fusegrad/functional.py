@@ -8,6 +8,7 @@ from .ops.linear import linear
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_token_log_probs
 from .ops.pointwise import cube, exp, grad_reverse, scale
 from .ops.rms_norm import rms_norm
+from .ops.rotary import qk_norm_rope, rotary_embedding
 from .ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_token_log_probs",
+    "qk_norm_rope",
     "reglu",
     "rms_norm",
+    "rotary_embedding",
     "scale",
     "swiglu",
     "vocab_parallel_cross_entropy",

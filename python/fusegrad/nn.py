@@ -9,6 +9,7 @@ from .ops.linear_cross_entropy import LinearCrossEntropyLoss
 from .ops.mlp import MLP, GatedMLP
 from .ops.pointwise import Cube, Exp, GradientReversal, Scale
 from .ops.rms_norm import RMSNorm
+from .ops.rotary import RotaryEmbedding
 
 __all__ = [
     "BiasAct",
@@ -27,6 +28,7 @@ __all__ = [
     "MLP",
     "RMSNorm",
     "ReGLU",
+    "RotaryEmbedding",
     "Scale",
     "SwiGLU",
 ]
