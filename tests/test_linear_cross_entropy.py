@@ -203,7 +203,7 @@ def test_a_loss_of_log_probs():
 
 def test_log_probs_of_16_bits_in_float32():
     x, w, target, _ = drawn(BF16)
-    found = fused.linear_token_log_probs(x, w, target, dtype=F32)
+    found = fused.linear_token_log_probs(x, w, target, wide=True)
     assert found.dtype == F32
     torch.testing.assert_close(found.double(), -eager(x.double(), w.double(), target, None), rtol=1e-5, atol=1e-5)
 
@@ -296,7 +296,6 @@ BAD = [
     (lambda: fused.linear_cross_entropy(x, w, torch.rand(4, 9), ignore_index=3), ValueError, "linear_cross_entropy: ignore_index goes with class indices, got 3 and a target of probabilities"),
     (lambda: fused.linear_cross_entropy(x[0], w[None], labels[0]), RuntimeError, "linear_cross_entropy: input must be [N, H] with a linear_weight of several dimensions [1, 9, 6], got [6]"),
     (lambda: fused.linear_token_log_probs(x, w[None], labels), RuntimeError, "linear_token_log_probs: linear_weight must have two dimensions, got [1, 9, 6]"),
-    (lambda: fused.linear_token_log_probs(x, w, labels, dtype=BF16), TypeError, "linear_token_log_probs: dtype must be None, torch.float32 or torch.float32, got torch.bfloat16"),
     (lambda: fused.linear_token_log_probs(x, w, labels, logit_softcap=-1), ValueError, "linear_token_log_probs: logit_softcap must be positive or None, got -1"),
 ]  # fmt: skip
 

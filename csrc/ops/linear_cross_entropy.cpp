@@ -204,8 +204,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   OptTensor divisor = num_items;
   Tensor dx, dw, db;
   LossGrads of_loss;
+  // Of weights it is this sum with and without gradients, so that the loss has the same bits.
+  if (mean && !given(num_items) && items == 0 && (grads || cw)) divisor = label_weights(target, cw, ignore_index, head.wide());
   if (grads) {
-    if (mean && !given(num_items) && items == 0) divisor = label_weights(target, cw, ignore_index, head.wide());
     of_loss.loss = at::ones({}, head.wide());
     if (mean) of_loss.divisor = given(divisor) ? divisor->to(head.wide()) : at::full({}, items, head.wide());
     if (needed[0]) dx = head.gradient(x);

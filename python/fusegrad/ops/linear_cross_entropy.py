@@ -294,7 +294,7 @@ def linear_token_log_probs(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     return_lse: bool = False,
-    dtype: torch.dtype | None = None,
+    wide: bool = False,
     options=None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The log-probability that a linear layer (the head of a language model) gives to each token, a chunk of tokens at a time: what
@@ -311,7 +311,7 @@ def linear_token_log_probs(
         ignore_index: a token with this label has log-probability, lse and gradient 0; None is -100.
         logit_softcap, logit_scale: see `cross_entropy`; a scale of 1 / temperature gives the probabilities of sampling with it.
         return_lse: also return the log-partition function of each token; gradients flow through it.
-        dtype: of the results: None is the input's; torch.float32 keeps the digits of 16-bit input that ratios of probabilities need.
+        wide: results in the dtype that sums are taken in, float32 for 16-bit input: ratios of probabilities need the digits.
         options: see `linear_cross_entropy`.
 
     Returns:
@@ -332,7 +332,7 @@ def linear_token_log_probs(
     tensors = (input, linear_weight, target, linear_bias)
     if has_torch_function(tensors):
         extra = dict(linear_bias=linear_bias, ignore_index=ignore_index, logit_softcap=logit_softcap, logit_scale=logit_scale)
-        extra |= dict(return_lse=return_lse, dtype=dtype, options=options)
+        extra |= dict(return_lse=return_lse, wide=wide, options=options)
         return handle_torch_function(linear_token_log_probs, tensors, input, linear_weight, target, **extra)
     op = "linear_token_log_probs"
     _check(op, input, linear_weight, target, linear_bias)
@@ -341,14 +341,12 @@ def linear_token_log_probs(
     _check_labels(op, input, target)
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
-    if dtype not in (None, input.dtype, wide_dtype(input)):
-        raise TypeError(f"{op}: dtype must be None, {input.dtype} or {wide_dtype(input)}, got {dtype}")
     shape = target.shape
     if input.dim() != 2:
         input, target = input.reshape(math.prod(shape), input.shape[-1]), target.reshape(math.prod(shape))
     log_probs, lse = LinearTokenLogProbsFn.call(
         (input, linear_weight, target, linear_bias), -100 if ignore_index is None else int(ignore_index), float(logit_softcap or 0.0),
-        float(logit_scale), dtype not in (None, input.dtype), return_lse, _chunk(op, options, input), outputs=2,
+        float(logit_scale), bool(wide), return_lse, _chunk(op, options, input), outputs=2,
     )  # fmt: skip
     if len(shape) != 1:
         log_probs, lse = log_probs.reshape(shape), lse if lse is None else lse.reshape(shape)
@@ -454,8 +452,8 @@ def _log_probs_samples(make):
     yield sample("scale", 4, 6, 12, logit_scale=2.0, logit_softcap=5.0, layout="offset")
     yield sample("temperature", 4, 6, 12, logit_scale=0.7, bias=True)
     yield sample("lse", 6, 5, 14, return_lse=True, ignore=-100)
-    yield sample("wide", 6, 5, 14, dtype=wide_dtype(make(1)), bias=True)
-    yield sample("wide_lse", 6, 5, 14, dtype=wide_dtype(make(1)), return_lse=True, param=True)
+    yield sample("wide", 6, 5, 14, wide=True, bias=True)
+    yield sample("wide_lse", 6, 5, 14, wide=True, return_lse=True, param=True)
     yield sample("two_a_chunk", 7, 5, 9, options=_Options(batch_chunk_size=2), bias=True, ignore=-100)
     yield sample("aspect_ratio", 9, 4, 12, options=_Options(chunking_method="aspect_ratio"))
     yield sample("no_tokens", 0, 4, 6, bias=True)
