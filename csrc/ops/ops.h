@@ -13,6 +13,25 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const OptTensor& w, int
 std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const Tensor& rstd, int64_t dims,
                                         double offset, std::array<bool, 2> needed);
 
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const OptTensor& w, const OptTensor& b, int64_t dims,
+                                                  double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const OptTensor& b,
+                                                  const Tensor& mean, const Tensor& rstd, int64_t dims, std::array<bool, 3> needed);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x, const Tensor& residual, const OptTensor& w,
+                                                        const OptTensor& b, int64_t dims, double eps, double offset,
+                                                        bool cast_first, bool rms);
+std::tuple<Tensor, Tensor, Tensor> add_norm_bwd(const Tensor& dy, const OptTensor& dsum, const Tensor& sum, const OptTensor& w,
+                                                const OptTensor& b, const OptTensor& mean, const Tensor& rstd, int64_t dims,
+                                                double offset, std::array<bool, 3> needed);
+
+Tensor dyt_fwd(const Tensor& x, const Tensor& alpha, const OptTensor& w, const OptTensor& b, int64_t dims);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_bwd(const Tensor& dy, const Tensor& x, const Tensor& alpha, const OptTensor& w,
+                                                   const OptTensor& b, int64_t dims, std::array<bool, 4> needed);
+
+Tensor l2_norm_fwd(const Tensor& x, int64_t dim, double eps, bool divide);
+Tensor l2_norm_bwd(const Tensor& dy, const Tensor& x, int64_t dim, double eps, bool divide);
+
 Tensor swiglu_fwd(const Tensor& gate, const OptTensor& up, int64_t dim);
 std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy, const Tensor& gate, const OptTensor& up, int64_t dim,
                                       std::array<bool, 2> needed);
