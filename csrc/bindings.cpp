@@ -27,6 +27,9 @@
   _(l2_norm_bwd, "(Tensor dy, Tensor x, int dim, float eps, bool divide) -> Tensor")                                               \
   _(swiglu_fwd, "(Tensor gate, Tensor? up, int dim) -> Tensor")                                                                    \
   _(swiglu_bwd, "(Tensor dy, Tensor gate, Tensor? up, int dim, bool[2] needed) -> (Tensor, Tensor)")                               \
+  _(dropout_fwd, "(Tensor x, Tensor? bias, Tensor? residual, Tensor seed, float p) -> Tensor")                                     \
+  _(dropout_bwd, "(Tensor dy, Tensor? bias, Tensor seed, float p, bool[2] needed) -> (Tensor, Tensor)")                            \
+  _(dropout_mask, "(Tensor seed, SymInt[] sizes, float p) -> Tensor")                                                              \
   _(cross_entropy_fwd,                                                                                                             \
     "(Tensor x, Tensor target, Tensor? w, Tensor? num_items, int ignore_index, float smoothing, float z_loss,"                     \
     " float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide, bool return_lse)"            \

@@ -149,6 +149,8 @@ def test_like_torch(case):
     (y,) = call(op, sample)
     assert y.dtype == expected.dtype and y.shape == expected.shape
     eps = torch.finfo(y.dtype).eps
+    if op.random:  # torch draws otherwise
+        return
     torch.testing.assert_close(
         y, expected, rtol=8 * eps, atol=8 * eps * max(1.0, expected.nan_to_num().abs().max().item() if y.numel() else 1), equal_nan=True
     )
@@ -170,8 +172,8 @@ def differentiable_call(case):
             # The same strides as the sample's tensor, by a differentiable copy, where they do not overlap.
             placed[k] = v if 0 in like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=v.dtype).copy_(v) if (
                 type(v) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(v)) else v  # fmt: skip
-        out = op.functional(**(sample.kwargs | placed))
-        return tuple(y for y in (out if isinstance(out, tuple) else (out,)) if y.isfinite().all()) if type(out) is tuple else out
+        out = call(op, Sample("", sample.kwargs | placed))
+        return tuple(y for y in out if y.isfinite().all()) if len(out) > 1 else out[0]
 
     finite = all(y.isfinite().all() for y in call(op, sample))
     return f, leaves, finite and sum(t.numel() for t in leaves) > 0
@@ -292,20 +294,22 @@ def test_func_transforms(case):
     batches = tuple(torch.stack([v, v * 0.5, v + 0.25]) for v in values)
 
     def f(*values):
-        out = op.functional(**(sample.kwargs | dict(zip(keys, values))))
-        return out if isinstance(out, tuple) else (out,)
+        return call(op, Sample("", sample.kwargs | dict(zip(keys, values))))
 
     def loss(*values):
         return sum(y.square().sum() for y in f(*values))
 
+    every = tuple(range(len(keys)))
+
     def everything():
         yield from torch.func.jvp(f, values, tangents)[1]
-        yield from torch.func.vmap(f)(*batches)
-        yield from torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(len(keys)))))(*batches)
+        yield from torch.func.vmap(f, randomness="same")(*batches)
+        yield from torch.func.vmap(torch.func.grad(loss, argnums=every), randomness="same")(*batches)
         if sum(v.numel() for v in values) <= 400:
-            for row in torch.func.hessian(loss, argnums=tuple(range(len(keys))))(*values):
+            hessian = torch.func.jacfwd(torch.func.jacrev(loss, argnums=every), argnums=every, randomness="same")
+            for row in hessian(*values):
                 yield from row
-        yield from (g for g in torch.func.grad(loss, argnums=tuple(range(len(keys))))(*values))
+        yield from (g for g in torch.func.grad(loss, argnums=every)(*values))
 
     ours = list(everything())
     with fusegrad.use_reference():
@@ -437,7 +441,9 @@ def compile_and_compare(op, samples, **options):
     for sample in samples:
         cotangent = cotangents(call(op, sample))
         s, leaves = with_grad(op, sample)
-        outputs = compiled(s.kwargs)
+        torch.manual_seed(17)
+        with torch._inductor.config.patch(fallback_random=True):  # to draw what eager draws
+            outputs = compiled(s.kwargs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grads = torch.autograd.grad(outputs, list(leaves.values()), cotangent)
         for (k, a), b in zip(run(op, sample, cotangent).items(), (*outputs, *grads)):
@@ -479,7 +485,8 @@ def test_export_keeps_one_named_op(op):
     program = torch.export.export(Model(), (), kwargs)
     named = [n for n in program.graph.nodes if n.op == "call_function" and "fusegrad" in str(n.target)]
     assert [str(n.target) for n in named] == [f"fusegrad.{op.family}_fwd.default"]
-    torch.testing.assert_close(program.module()(**kwargs), op.functional(**kwargs), rtol=0, atol=0)
+    torch.manual_seed(17)
+    torch.testing.assert_close(program.module()(**kwargs), call(op, Sample("", kwargs))[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", (False, True), ids=("nonreentrant", "reentrant"))
@@ -633,6 +640,9 @@ def modules():
     yield nn.DyT(16), None, (x,)
     yield nn.DyT((4, 16), 0.7, bias=False), None, (torch.randn(2, 4, 16),)
     yield nn.SwiGLU(), None, (x,)
+    yield nn.Dropout(0.2).eval(), torch.nn.Dropout(0.2).eval(), (x,)
+    yield nn.Dropout(0.2), None, (x,)
+    yield nn.BiasDropoutAdd(16, p=0.2), None, (x, torch.randn(5, 16))
     yield nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(), (z, labels)
     args = dict(weight=torch.rand(7), ignore_index=2, reduction="sum", label_smoothing=0.1)
     yield nn.CrossEntropyLoss(**args), torch.nn.CrossEntropyLoss(**args), (z, labels)
@@ -642,8 +652,10 @@ def modules():
 @pytest.mark.parametrize("ours, native, args", list(modules()), ids=lambda m: type(m).__name__)
 def test_modules(ours, native, args):
     ours, args = ours.to(DEVICE), tuple(a.to(DEVICE) for a in args)
+    torch.manual_seed(17)
     y = ours(*args)
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        torch.manual_seed(17)
         assert same_bits(twin(*args), y) and repr(twin) == repr(ours)
     if native is not None:
         native = native.to(DEVICE)

@@ -120,7 +120,7 @@ def test_no_tensor_is_kept_on_a_context():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ctx":
                 known = {"options", "save_for_backward", "saved_tensors", "needs_input_grad", "mark_non_differentiable"}
-                assert node.attr in known | {"set_materialize_grads", "divisor_is_given"}, f"{path.name}: ctx.{node.attr}"
+                assert node.attr in known | {"set_materialize_grads", "divisor_is_given", "shape", "dtype"}, f"{path.name}: ctx.{node.attr}"
 
 
 def test_kernels_say_their_name_to_the_profiler():
@@ -144,6 +144,7 @@ def test_docstring_code_is_the_op(op):
     code = textwrap.dedent(inspect.getdoc(op.functional).split("Equivalent eager code::")[1].split("Source")[0])
     sample = draw(op, names(op)[0])
     scope = {k: p.default for k, p in inspect.signature(op.functional).parameters.items()} | sample.kwargs | {"torch": torch}
+    torch.manual_seed(17)
     exec(code, scope)
     torch.testing.assert_close(scope["y"], call(op, sample)[0])
 

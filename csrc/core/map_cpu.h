@@ -19,7 +19,9 @@ class MapCpu {
 
  public:
   explicit MapCpu(const MapArgs<Op>& args)
-      : args(args), past(beyond_caches(args.extent.rows * args.extent.cols * int64_t(sizeof(T)) * (Op::in + Op::out))) {}
+      : args(args),
+        op(args.op),
+        past(beyond_caches(args.extent.rows * args.extent.cols * int64_t(sizeof(T)) * (Op::in + Op::out))) {}
 
   void run() const {
     const int64_t cols = args.extent.cols, rows = args.extent.rows;
@@ -28,9 +30,11 @@ class MapCpu {
     // Turns are counted in elements: short rows share a turn's worth of work.
     const int64_t grain = std::max<int64_t>(1, kGrain * kBlock / std::max<int64_t>(1, block));
     at::parallel_for(0, rows * per_row, grain, [&](int64_t begin, int64_t end) {
+      MapCpu mine(*this);
+      mine.op.begin();
       for (int64_t i = begin; i < end; ++i) {
         const int64_t r = per_row > 1 ? i / per_row : i, c = (i - r * per_row) * kBlock;
-        piece(r, c, std::min(kBlock, cols - c));
+        mine.piece(r, c, std::min(kBlock, cols - c));
       }
       if (past) end_of_stores_past();
     });
@@ -38,6 +42,7 @@ class MapCpu {
 
  private:
   const MapArgs<Op>& args;
+  Op op;
   const bool past;
 
   void piece(int64_t r, int64_t first, int64_t n) const {
@@ -50,11 +55,12 @@ class MapCpu {
     }
     for (int i = 0; i < Op::out; ++i)
       y[i] = args.out[i].data ? static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r) + first : nullptr;
-    dense ? chunks(x, y, n) : gathered(x, y, n);
+    const int64_t number = Op::numbered ? args.extent.offset(args.number, r) + first * args.number.col : 0;
+    dense ? chunks(x, y, n, number) : gathered(x, y, n, number);
   }
 
   // Inputs whose elements are apart are gathered a few at a time.
-  void gathered(const T* const* x, T* const* y, int64_t n) const {
+  void gathered(const T* const* x, T* const* y, int64_t n, int64_t number) const {
     constexpr int64_t kNear = 512;
     T near[at_least_one(Op::in)][kNear];
     for (int64_t c = 0; c < n; c += kNear) {
@@ -68,24 +74,25 @@ class MapCpu {
           for (int64_t k = 0; k < m; ++k) near[i][k] = x[i][(c + k) * step];
       }
       for (int i = 0; i < Op::out; ++i) to[i] = y[i] ? y[i] + c : nullptr;
-      chunks(from, to, m);
+      chunks(from, to, m, number + c * args.number.col);
     }
   }
 
-  void chunks(const T* const* x, T* const* y, int64_t n) const {
-    past&& on_lines<Op::out>(y) ? chunks<true>(x, y, n) : chunks<false>(x, y, n);
+  void chunks(const T* const* x, T* const* y, int64_t n, int64_t number) const {
+    past&& on_lines<Op::out>(y) ? chunks<true>(x, y, n, number) : chunks<false>(x, y, n, number);
   }
 
   template <bool past>
-  void chunks(const T* const* x, T* const* y, int64_t n) const {
+  void chunks(const T* const* x, T* const* y, int64_t n, int64_t number) const {
     int64_t c = 0;
-    for (; c + kChunk <= n; c += kChunk) chunk<false, past>(x, y, c, kChunk);
-    if (c < n) chunk<true, false>(x, y, c, n - c);
+    for (; c + kChunk <= n; c += kChunk) chunk<false, past>(x, y, c, kChunk, number);
+    if (c < n) chunk<true, false>(x, y, c, n - c, number);
   }
 
   template <bool tail, bool past>
-  FUSEGRAD_FN void chunk(const T* const* x, T* const* y, int64_t c, int64_t n) const {
+  FUSEGRAD_FN void chunk(const T* const* x, T* const* y, int64_t c, int64_t n, int64_t number) const {
     In<Op, A> in[2];
+    for (int i = 0; i < 2; ++i) in[i].number = number + (c + i * Lanes<A>::count) * args.number.col, in[i].apart = args.number.col;
 #pragma GCC unroll 8
     for (int i = 0; i < Op::in; ++i) {
       A v[2];
@@ -93,8 +100,8 @@ class MapCpu {
       in[0].x[i] = v[0], in[1].x[i] = v[1];
     }
     Out<Op, A> out[2];
-    args.op.map(in[0], out[0]);
-    args.op.map(in[1], out[1]);
+    op.map(in[0], out[0]);
+    op.map(in[1], out[1]);
 #pragma GCC unroll 8
     for (int i = 0; i < Op::out; ++i)
       if (y[i]) {

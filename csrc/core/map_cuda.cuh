@@ -39,6 +39,8 @@ class MapCuda {
     const Split& s = args.split;
     const int team = s.team, member = threadIdx.x & (team - 1), teams = blockDim.x / team;
     const int64_t count = a.extent.rows * s.tiles;
+    Op op = a.op;
+    op.begin();
     for (int64_t i = int64_t(blockIdx.x) * teams + threadIdx.x / team; i < count; i += int64_t(gridDim.x) * teams) {
       const int64_t r = s.tiles > 1 ? i / s.tiles : i, tile = i - r * s.tiles;
       const T* x[kIn];
@@ -48,6 +50,7 @@ class MapCuda {
 #pragma unroll
       for (int j = 0; j < Op::out; ++j)
         y[j] = a.out[j].data ? static_cast<T*>(a.out[j].data) + a.extent.offset(a.out[j], r) : nullptr;
+      const int64_t number = Op::numbered ? a.extent.offset(a.number, r) : 0;
       const int64_t first = tile * K * team + member;
       T v[K][kIn][V];
 #pragma unroll
@@ -55,13 +58,13 @@ class MapCuda {
         if (first + k * team < s.packs) read<V>(a, x, first + k * team, v[k]);
 #pragma unroll
       for (int k = 0; k < K; ++k)
-        if (first + k * team < s.packs) write<V>(a, v[k], y, first + k * team);
+        if (first + k * team < s.packs) write<V>(a, op, number, v[k], y, first + k * team);
       // What is left of a row after its last pack.
       if (V > 1 && tile == s.tiles - 1)
         for (int64_t c = s.packs * V + member; c < a.extent.cols; c += team) {
           T one[kIn][1];
           read<1>(a, x, c, one);
-          write<1>(a, one, y, c);
+          write<1>(a, op, number, one, y, c);
         }
     }
   }
@@ -74,16 +77,18 @@ class MapCuda {
     for (int j = 0; j < Op::in; ++j) load<n>(x[j] + p * (packed ? n : a.in[j].col), v[j]);
   }
   template <int n>
-  static __device__ __forceinline__ void write(const MapArgs<Op>& a, const T (&v)[kIn][n], T* const* y, int64_t p) {
+  static __device__ __forceinline__ void write(const MapArgs<Op>& a, const Op& op, int64_t number, const T (&v)[kIn][n],
+                                               T* const* y, int64_t p) {
     T made[kOut][n];
 #pragma unroll
     for (int e = 0; e < n; ++e) {
       In<Op, S> in;
       Out<Op, S> out;
       in.col = p * n + e;
+      in.number = number + in.col * a.number.col;
 #pragma unroll
       for (int j = 0; j < Op::in; ++j) in.x[j] = S(v[j][e]);
-      a.op.map(in, out);
+      op.map(in, out);
 #pragma unroll
       for (int j = 0; j < Op::out; ++j) made[j][e] = T(out.y[j]);
     }

@@ -12,7 +12,8 @@
 //   finish(row, sum, at)    after a sweep: turn the sum into row values, store per-row outputs
 //   map<T>(row, in, out)    out.y[i]: the outputs of a column;  out.col[i]: its contribution to a sum over all rows
 //
-// A map op derives from MapOp, has inputs and outputs only, and map(in, out) instead of all the above.
+// A map op derives from MapOp, has inputs and outputs only, and map(in, out) instead of all the above. It may have begin(), which
+// each thread calls on a copy of it before the first element; with `numbered`, map() finds the elements' numbers in `in`.
 // T is the stored type of the rows, P that of the parameters, A the accumulate type, S = Scalar<A>.
 #pragma once
 
@@ -38,6 +39,9 @@ struct MapOp {
   static constexpr int scalar_in = 0;  // T or S per row
   static constexpr int scalar_out = 0;
   static constexpr double absent = 1;  // what a parameter that is not given stands for
+  static constexpr bool numbered = false;
+
+  FUSEGRAD_FN void begin() {}
 };
 
 struct RowOp : MapOp {
@@ -54,7 +58,8 @@ template <class Op, class A>
 struct In {
   A x[at_least_one(Op::in)];
   A p[at_least_one(Op::params)];
-  int64_t col;  // number of the first one
+  int64_t col;            // number of the first one
+  int64_t number, apart;  // numbered map ops: of the first element, in the tensor as its owner indexes it; from one to the next
 
   FUSEGRAD_FN auto is(int64_t c) const { return lane<A>(c - col); }
 };
@@ -122,6 +127,7 @@ struct MapArgs {
   DType rows;
   View in[at_least_one(Op::in)];
   View out[at_least_one(Op::out)];
+  View number;  // an offset in it is an element's number
 };
 
 // Single elements of the row at hand, for begin() and finish().

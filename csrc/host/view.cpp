@@ -111,6 +111,13 @@ void Frame::in(View& view, const Tensor& tensor, const char* name, int part) {
 
 void Frame::out(View& view, const Tensor& tensor, int part) { add(view, tensor, part).out = true; }
 
+void Frame::numbers(View& view) {
+  at::DimVector strides(sizes_.size());
+  int64_t step = 1;
+  for (int64_t d = int64_t(sizes_.size()) - 1; d >= 0; --d) strides[d] = step, step *= std::max<int64_t>(sizes_[d], 1);
+  entries_.push_back({&view, Tensor(), strides});
+}
+
 void Frame::per_row(View& view, const Tensor& tensor, const char* name) {
   check(tensor, name);
   view.wide = tensor.scalar_type() == wide();
@@ -225,7 +232,7 @@ void Frame::finish(Extent& extent) {
   if (!try_join(extent)) {
     // More dimensions than a view can walk: rare enough for a copy. Between dense tensors all dimensions join but one or two.
     for (auto& entry : entries_) {
-      if (entry.out || entry.tensor.dim() == 0) continue;
+      if (entry.out || !entry.tensor.defined() || entry.tensor.dim() == 0) continue;
       entry.tensor = entry.tensor.contiguous();
       if (entry.tensor.dim() == int64_t(row_sizes_.size()))
         entry.strides = entry.tensor.strides();
@@ -236,6 +243,7 @@ void Frame::finish(Extent& extent) {
                 main_.strides());
   }
   for (auto& entry : entries_) {
+    if (!entry.tensor.defined()) continue;
     // Outputs are fresh, and a mutable pointer to an input would count as a write to it.
     char* const data = static_cast<char*>(const_cast<void*>(entry.tensor.const_data_ptr()));
     entry.view->data = data + (entry.start ? entry.start * entry.tensor.stride(dim_) * entry.tensor.element_size() : 0);

@@ -28,6 +28,8 @@ class Frame {
   void in(View& view, const Tensor& tensor, const char* name, int part = -1);
   // The same for a tensor that was made by empty_rows() or, in a map op, empty_as().
   void out(View& view, const Tensor& tensor, int part = -1);
+  // No memory: an offset in the view is the number of an element in the order of the main tensor's indices. For map ops.
+  void numbers(View& view);
   // One value per row, or a single one for all rows: of the main tensor's type, or of its accumulate type.
   void per_row(View& view, const Tensor& tensor, const char* name);
   void labels(View& view, const Tensor& tensor, const char* name);

@@ -45,4 +45,9 @@ Tensor cross_entropy_bwd(const OptTensor& dloss, const OptTensor& dlse, const Te
                          const Tensor& top, const Tensor& log_sum, const OptTensor& divisor, int64_t ignore_index, double smoothing,
                          double z_loss, double softcap, double scale);
 
+Tensor dropout_fwd(const Tensor& x, const OptTensor& bias, const OptTensor& residual, const Tensor& seed, double p);
+std::tuple<Tensor, Tensor> dropout_bwd(const Tensor& dy, const OptTensor& bias, const Tensor& seed, double p,
+                                       std::array<bool, 2> needed);
+Tensor dropout_mask(const Tensor& seed, c10::SymIntArrayRef sizes, double p);
+
 }  // namespace fusegrad

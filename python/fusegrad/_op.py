@@ -34,6 +34,7 @@ class Op:
     torch: Callable | None = None  # torch's function of the same arguments, where it has one
     permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
     rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
+    random: bool = False  # draws from torch's generator: equal calls need an equal seed, and torch's own function draws otherwise
     constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     stored: Callable = lambda kwargs: {}  # arguments that make what the op rounds on its way exact, for the reference in float64

@@ -2,10 +2,17 @@
 
 from .ops.add_norm import add_layer_norm, add_rms_norm
 from .ops.cross_entropy import cross_entropy
-from .ops.dyt import dyt
-from .ops.l2_norm import norm, normalize
-from .ops.layer_norm import layer_norm
-from .ops.rms_norm import rms_norm
-from .ops.swiglu import swiglu
 
-__all__ = ["add_layer_norm", "add_rms_norm", "cross_entropy", "dyt", "layer_norm", "norm", "normalize", "rms_norm", "swiglu"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "bias_dropout_add",
+    "cross_entropy",
+    "dropout",
+    "dyt",
+    "layer_norm",
+    "norm",
+    "normalize",
+    "rms_norm",
+    "swiglu",
+]
