@@ -15,11 +15,11 @@
     "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor mean, Tensor rstd, int dims, bool[3] needed)"                              \
     " -> (Tensor, Tensor, Tensor)")                                                                                                \
   _(add_norm_fwd,                                                                                                                  \
-    "(Tensor x, Tensor residual, Tensor? w, Tensor? b, int dims, float eps, float offset, bool cast_first, bool rms)"              \
-    " -> (Tensor, Tensor, Tensor, Tensor)")                                                                                        \
+    "(Tensor x, Tensor residual, Tensor? w, Tensor? b, Tensor? seed, int dims, float eps, float offset, bool cast_first,"          \
+    " float p, bool rms) -> (Tensor, Tensor, Tensor, Tensor)")                                                                     \
   _(add_norm_bwd,                                                                                                                  \
-    "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? w, Tensor? b, Tensor? mean, Tensor rstd, int dims, float offset,"               \
-    " bool[3] needed) -> (Tensor, Tensor, Tensor)")                                                                                \
+    "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? w, Tensor? b, Tensor? seed, Tensor? mean, Tensor rstd, int dims,"               \
+    " float offset, float p, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                                                 \
   _(dyt_fwd, "(Tensor x, Tensor alpha, Tensor? w, Tensor? b, int dims) -> Tensor")                                                 \
   _(dyt_bwd,                                                                                                                       \
     "(Tensor dy, Tensor x, Tensor alpha, Tensor? w, Tensor? b, int dims, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")     \

@@ -486,7 +486,9 @@ def test_export_keeps_one_named_op(op):
     named = [n for n in program.graph.nodes if n.op == "call_function" and "fusegrad" in str(n.target)]
     assert [str(n.target) for n in named] == [f"fusegrad.{op.family}_fwd.default"]
     torch.manual_seed(17)
-    torch.testing.assert_close(program.module()(**kwargs), call(op, Sample("", kwargs))[0], rtol=0, atol=0)
+    found = program.module()(**kwargs)
+    for a, b in zip(found if isinstance(found, tuple) else (found,), call(op, Sample("", kwargs))):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("reentrant", (False, True), ids=("nonreentrant", "reentrant"))
@@ -636,7 +638,7 @@ def modules():
         yield nn.LayerNorm(16, **args), torch.nn.LayerNorm(16, **args), (x,)
     yield nn.LayerNorm((4, 16)), torch.nn.LayerNorm((4, 16)), (torch.randn(2, 4, 16),)
     yield nn.AddRMSNorm(16, weight_offset=1.0), None, (x, x)
-    yield nn.AddLayerNorm(16, bias=False), None, (x, x)
+    yield nn.AddLayerNorm(16, bias=False, p=0.5), None, (x, x)
     yield nn.DyT(16), None, (x,)
     yield nn.DyT((4, 16), 0.7, bias=False), None, (torch.randn(2, 4, 16),)
     yield nn.SwiGLU(), None, (x,)
@@ -652,11 +654,15 @@ def modules():
 @pytest.mark.parametrize("ours, native, args", list(modules()), ids=lambda m: type(m).__name__)
 def test_modules(ours, native, args):
     ours, args = ours.to(DEVICE), tuple(a.to(DEVICE) for a in args)
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
     torch.manual_seed(17)
-    y = ours(*args)
+    y = first(ours(*args))
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         torch.manual_seed(17)
-        assert same_bits(twin(*args), y) and repr(twin) == repr(ours)
+        assert same_bits(first(twin(*args)), y) and repr(twin) == repr(ours)
     if native is not None:
         native = native.to(DEVICE)
         assert isinstance(ours, type(native)) and repr(ours) == repr(native)
@@ -668,9 +674,9 @@ def test_modules(ours, native, args):
         torch.testing.assert_close(ours(*args), native(*args))
         native.load_state_dict(ours.state_dict(), strict=True)
     doubled = copy.deepcopy(ours).double()
-    assert doubled(*(a.double() if a.is_floating_point() else a for a in args)).dtype == F64
+    assert first(doubled(*(a.double() if a.is_floating_point() else a for a in args))).dtype == F64
     meta = copy.deepcopy(ours).to("meta")
-    assert meta(*(a.to("meta") for a in args)).device.type == "meta"
+    assert first(meta(*(a.to("meta") for a in args))).device.type == "meta"
     meta.to_empty(device="cpu")
 
 

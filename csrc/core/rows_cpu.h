@@ -161,20 +161,29 @@ class RowsCpu {
     (args.op.finish(row, sweep<V, H>(row, x), at), ...);
   }
 
-  // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
+  // A long row in parts, so that no sum grows so large beside what is added to it that it always rounds to the same side: the sum
+  // of 262,144 squares of bfloat16 was off by 7e-6.
   template <class V, class H>
   H sweep(const Row& row, const T* const* x) const {
+    constexpr int64_t kPart = 8192;
+    V sum = sweep<V>(row, x, 0, std::min(cols, kPart));
+    for (int64_t c = kPart; c < cols; c += kPart) sum.merge(sweep<V>(row, x, c, std::min(cols, c + kPart)));
+    return across_lanes<V, H>(sum);
+  }
+
+  // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
+  template <class V>
+  V sweep(const Row& row, const T* const* x, int64_t c, int64_t end) const {
     V sum[4];
-    int64_t c = 0;
-    for (; c + 2 * kChunk <= cols; c += 2 * kChunk) {
+    for (; c + 2 * kChunk <= end; c += 2 * kChunk) {
       add(sum + 0, row, x, c);
       add(sum + 2, row, x, c + kChunk);
     }
-    if (c + kChunk <= cols) {
+    if (c + kChunk <= end) {
       add(sum + 0, row, x, c);
       c += kChunk;
     }
-    if (c < cols) {
+    if (c < end) {  // the end of the row
       V with[2] = {sum[2], sum[3]};
       add<true>(with, row, x, c);
       keep_first(sum[2], with[0], cols - c);
@@ -183,7 +192,7 @@ class RowsCpu {
     sum[0].merge(sum[2]);
     sum[1].merge(sum[3]);
     sum[0].merge(sum[1]);
-    return across_lanes<V, H>(sum[0]);
+    return sum[0];
   }
 
   template <bool tail = false>

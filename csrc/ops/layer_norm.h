@@ -1,26 +1,18 @@
-// Layer norm over a row of n columns (Ba et al. 2016, arXiv:1607.06450), with w = 1 and b = 0 where they are not given. It does not
-// see a shift of the row, so the row is taken relative to its first element: where the mean is large beside the spread that
-// subtraction is exact, and all digits of the spread are kept.
+// Layer norm over a row of n columns (Ba et al. 2016, arXiv:1607.06450), with w = 1 and b = 0 where they are not given:
 //
-//   mean = sum(x - x_0) / n      d = (x - x_0) - mean      rstd = 1 / sqrt(sum(d^2) / n + eps)      h = d rstd      y = h w + b
+//   mean = x_0 + sum(x - x_0) / n      d = x - mean      c = sum(d) / n      h = (d - c) rstd      y = h w + b
+//   rstd = 1 / sqrt(sum(d^2) / n - c^2 + eps)
 //
 //   dx = rstd (dy w - sum(dy w) / n - h sum(dy w h) / n)      dw = sum over rows of dy h      db = sum over rows of dy
+//
+// c is what the mean lost when it was rounded (and so of the order of its last digit: c^2 takes nothing from the sum of squares).
+// Where the mean is large beside the spread, d is exact and c matters: with it all digits that x has are kept. The backward finds
+// c rstd, as the mean of d rstd, by the sweep that it has to make.
 #pragma once
 
 #include "../core/row_op.h"
 
 namespace fusegrad {
-
-// What is known of a row: its first element, and the mean relative to it.
-template <class S>
-struct Center {
-  S first, mean, rstd;
-
-  template <class A>
-  FUSEGRAD_FN A deviation(A x) const {
-    return (x - A(first)) - A(mean);
-  }
-};
 
 struct LayerNormFwd : RowOp {
   static constexpr int in = 1, params = 2, out = 1, scalar_out = 2;
@@ -29,7 +21,9 @@ struct LayerNormFwd : RowOp {
   bool shift;  // there is a b
 
   template <class S>
-  using Row = Center<S>;
+  struct Row {
+    S first, mean, lost, rstd;
+  };
   template <class A>
   struct Total {
     A x{0};
@@ -37,8 +31,8 @@ struct LayerNormFwd : RowOp {
   };
   template <class A>
   struct Spread {
-    A dd{0};
-    FUSEGRAD_FN void merge(const Spread& o) { dd = dd + o.dd; }
+    A d{0}, dd{0};
+    FUSEGRAD_FN void merge(const Spread& o) { d = d + o.d, dd = dd + o.dd; }
   };
   template <class A>
   using Sweeps = List<Total<A>, Spread<A>>;
@@ -53,22 +47,27 @@ struct LayerNormFwd : RowOp {
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Total<S>& sum, const At& at) const {
-    row.mean = sum.x / S(at.args.extent.cols);
+    row.mean = row.first + sum.x / S(at.args.extent.cols);
     at.put(kMean, row.mean);
   }
   template <class A, class R>
   FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In<LayerNormFwd, A>& in) const {
-    const A d = row.deviation(in.x[kX]);
+    const A d = in.x[kX] - A(row.mean);
+    sum.d = sum.d + d;
     sum.dd = fma(d, d, sum.dd);
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
-    row.rstd = rsqrt(sum.dd / S(at.args.extent.cols) + S(eps));
+    const S n = S(at.args.extent.cols), square = sum.dd / n;
+    row.lost = sum.d / n;
+    const S var = square - row.lost * row.lost;
+    // The sum of squares may overflow to infinity, which c^2 must not turn to NaN.
+    row.rstd = rsqrt((square > std::numeric_limits<S>::max() ? square : larger(var, S(0))) + S(eps));
     at.put(kRstd, row.rstd);
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<LayerNormFwd, A>& in, Out<LayerNormFwd, A>& out) const {
-    const A h = row.deviation(in.x[kX]) * A(row.rstd);
+    const A h = ((in.x[kX] - A(row.mean)) - A(row.lost)) * A(row.rstd);
     out.y[kY] = fma(h, in.p[kW], shift ? in.p[kB] : A(0));
   }
 };
@@ -78,43 +77,48 @@ struct LayerNormBwd : RowOp {
   enum { kX, kDy, kW = 0, kDx = 0, kDw = 0, kDb, kMean = 0, kRstd };
 
   template <class S>
-  struct Row : Center<S> {
-    S dyw, dyw_h;  // means
+  struct Row {
+    S mean, rstd;
+    S h, dyw, dyw_h;  // means, the first one of d rstd
+    S of_dx;          // rstd, but 0 for a single column: exactly no derivative, where rstd would raise a rounding to a number
 
     template <class A>
-    FUSEGRAD_FN A h(A x) const {
-      return this->deviation(x) * A(this->rstd);
+    FUSEGRAD_FN A h_of(A x) const {
+      return (x - A(mean)) * A(rstd);
     }
   };
   template <class A>
   struct Dots {
-    A dyw{0}, dyw_h{0};
-    FUSEGRAD_FN void merge(const Dots& o) { dyw = dyw + o.dyw, dyw_h = dyw_h + o.dyw_h; }
+    A h{0}, dyw{0}, dyw_h{0};
+    FUSEGRAD_FN void merge(const Dots& o) { h = h + o.h, dyw = dyw + o.dyw, dyw_h = dyw_h + o.dyw_h; }
   };
   template <class A>
   using Sweeps = List<Dots<A>>;
 
   template <class S, class At>
   FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
-    row.first = at.args.extent.cols > 0 ? at.x(kX, 0) : S(0);
     row.mean = at.scalar(kMean);
     row.rstd = at.scalar(kRstd);
   }
   template <class A, class R>
   FUSEGRAD_FN void add(Dots<A>& sum, const R& row, const In<LayerNormBwd, A>& in) const {
-    const A dyw = in.x[kDy] * in.p[kW];
+    const A dyw = in.x[kDy] * in.p[kW], h = row.h_of(in.x[kX]);
+    sum.h = sum.h + h;
     sum.dyw = sum.dyw + dyw;
-    sum.dyw_h = fma(dyw, row.h(in.x[kX]), sum.dyw_h);
+    sum.dyw_h = fma(dyw, h, sum.dyw_h);
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Dots<S>& sum, const At& at) const {
-    row.dyw = sum.dyw / S(at.args.extent.cols);
-    row.dyw_h = sum.dyw_h / S(at.args.extent.cols);
+    const S n = S(at.args.extent.cols);
+    row.h = sum.h / n;
+    row.dyw = sum.dyw / n;
+    row.dyw_h = sum.dyw_h / n - row.h * row.dyw;
+    row.of_dx = at.args.extent.cols == 1 ? S(0) : row.rstd;
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<LayerNormBwd, A>& in, Out<LayerNormBwd, A>& out) const {
-    const A h = row.h(in.x[kX]);
-    out.y[kDx] = (in.x[kDy] * in.p[kW] - A(row.dyw) - h * A(row.dyw_h)) * A(row.rstd);
+    const A h = row.h_of(in.x[kX]) - A(row.h);
+    out.y[kDx] = (in.x[kDy] * in.p[kW] - A(row.dyw) - h * A(row.dyw_h)) * A(row.of_dx);
     out.col[kDw] = in.x[kDy] * h;
     out.col[kDb] = in.x[kDy];
   }

@@ -37,7 +37,7 @@ class Op:
     random: bool = False  # draws from torch's generator: equal calls need an equal seed, and torch's own function draws otherwise
     constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
-    stored: Callable = lambda kwargs: {}  # arguments that make what the op rounds on its way exact, for the reference in float64
+    stored: Callable | None = None  # stored(kwargs, outputs): for the reference in float64, arguments that give what the op rounds
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with

@@ -2,6 +2,12 @@
 
 from .ops.add_norm import add_layer_norm, add_rms_norm
 from .ops.cross_entropy import cross_entropy
+from .ops.dropout import bias_dropout_add, dropout
+from .ops.dyt import dyt
+from .ops.l2_norm import norm, normalize
+from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
