@@ -10,6 +10,21 @@
 #define FUSEGRAD_OPS(_)                                                                                                            \
   _(rms_norm_fwd, "(Tensor x, Tensor? w, int dims, float eps, float offset, bool cast_first) -> (Tensor, Tensor)")                 \
   _(rms_norm_bwd, "(Tensor dy, Tensor x, Tensor? w, Tensor rstd, int dims, float offset, bool[2] needed) -> (Tensor, Tensor)")     \
+  _(layer_norm_fwd, "(Tensor x, Tensor? w, Tensor? b, int dims, float eps) -> (Tensor, Tensor, Tensor)")                           \
+  _(layer_norm_bwd,                                                                                                                \
+    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor mean, Tensor rstd, int dims, bool[3] needed)"                              \
+    " -> (Tensor, Tensor, Tensor)")                                                                                                \
+  _(add_norm_fwd,                                                                                                                  \
+    "(Tensor x, Tensor residual, Tensor? w, Tensor? b, Tensor? seed, int dims, float eps, float offset, bool cast_first,"          \
+    " float p, bool rms) -> (Tensor, Tensor, Tensor, Tensor)")                                                                     \
+  _(add_norm_bwd,                                                                                                                  \
+    "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? w, Tensor? b, Tensor? seed, Tensor? mean, Tensor rstd, int dims,"               \
+    " float offset, float p, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                                                 \
+  _(dyt_fwd, "(Tensor x, Tensor alpha, Tensor? w, Tensor? b, int dims) -> Tensor")                                                 \
+  _(dyt_bwd,                                                                                                                       \
+    "(Tensor dy, Tensor x, Tensor alpha, Tensor? w, Tensor? b, int dims, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")     \
+  _(l2_norm_fwd, "(Tensor x, int dim, float eps, bool divide) -> Tensor")                                                          \
+  _(l2_norm_bwd, "(Tensor dy, Tensor x, int dim, float eps, bool divide) -> Tensor")                                               \
   _(dropout_fwd, "(Tensor x, Tensor? bias, Tensor? residual, Tensor seed, float p) -> Tensor")                                     \
   _(dropout_bwd, "(Tensor dy, Tensor? bias, Tensor seed, float p, bool[2] needed) -> (Tensor, Tensor)")                            \
   _(dropout_mask, "(Tensor seed, SymInt[] sizes, float p) -> Tensor")                                                              \

@@ -56,6 +56,8 @@ FUSEGRAD_FN float expm1(float a) { return ::expm1f(a); }
 FUSEGRAD_FN double expm1(double a) { return ::expm1(a); }
 FUSEGRAD_FN float log1p(float a) { return ::log1pf(a); }
 FUSEGRAD_FN double log1p(double a) { return ::log1p(a); }
+FUSEGRAD_FN float sqrt(float a) { return ::sqrtf(a); }
+FUSEGRAD_FN double sqrt(double a) { return ::sqrt(a); }
 FUSEGRAD_FN float absolute(float a) { return ::fabsf(a); }
 FUSEGRAD_FN double absolute(double a) { return ::fabs(a); }
 // 1 / sqrt and not the approximate instruction: half an ulp matters to the gradient of a float32 norm.

@@ -34,6 +34,7 @@ struct MapOp {
   static constexpr int params = 0;     // one value per column p[i], of type P, shared by all rows
   static constexpr int out = 0;        // row outputs y[i]
   static constexpr int col_out = 0;    // sums over the rows, of type P, one value per column
+  static constexpr int wide_cols = 0;  // the last so many of them are of type S: they are added up further
   static constexpr int index = 0;      // int64 per row
   static constexpr int scalar_in = 0;  // T or S per row
   static constexpr int scalar_out = 0;
@@ -61,6 +62,11 @@ struct In {
   int64_t number, apart;  // numbered map ops: of the first element, in the tensor as its owner indexes it; from one to the next
 
   FUSEGRAD_FN auto is(int64_t c) const { return lane<A>(c - col); }
+};
+// The same of rows that are stored as T.
+template <class Op, class A, class T>
+struct InRows : In<Op, A> {
+  FUSEGRAD_FN static A stored(A a) { return rounded<T>(a); }
 };
 template <class Op, class A>
 struct Out {
@@ -130,6 +136,8 @@ struct At {
   using S = Acc<T>;
   const RowArgs<Op>& args;
   int64_t r;
+
+  FUSEGRAD_FN static S stored(S a) { return rounded<T>(a); }
 
   FUSEGRAD_FN S x(int i, int64_t c) const {
     const View& v = args.in[i];

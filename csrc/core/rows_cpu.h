@@ -64,14 +64,16 @@ class RowsCpu {
     });
     at::parallel_for(0, cols, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, slices)), [&](int64_t begin, int64_t end) {
       for (int i = 0; i < Op::col_out; ++i)
-        if (args.col_out[i]) add_slices(i, begin, end);
+        if (args.col_out[i])
+          i < Op::col_out - Op::wide_cols ? add_slices(i, static_cast<P*>(args.col_out[i]), begin, end)
+                                          : add_slices(i, static_cast<S*>(args.col_out[i]), begin, end);
     });
   }
 
   S* partial(int i, int64_t slice) const { return static_cast<S*>(args.partial) + (i * args.slices + slice) * cols; }
 
-  void add_slices(int i, int64_t begin, int64_t end) const {
-    P* const y = static_cast<P*>(args.col_out[i]);
+  template <class Y>
+  void add_slices(int i, Y* y, int64_t begin, int64_t end) const {
     for (int64_t c = begin; c < end; c += kChunk) {
       const int64_t n = std::min<int64_t>(kChunk, end - c);
       A total[2] = {A(S(0)), A(S(0))};
@@ -159,20 +161,29 @@ class RowsCpu {
     (args.op.finish(row, sweep<V, H>(row, x), at), ...);
   }
 
-  // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
+  // A long row in parts, so that no sum grows so large beside what is added to it that it always rounds to the same side: the sum
+  // of 262,144 squares of bfloat16 was off by 7e-6.
   template <class V, class H>
   H sweep(const Row& row, const T* const* x) const {
+    constexpr int64_t kPart = 8192;
+    V sum = sweep<V>(row, x, 0, std::min(cols, kPart));
+    for (int64_t c = kPart; c < cols; c += kPart) sum.merge(sweep<V>(row, x, c, std::min(cols, c + kPart)));
+    return across_lanes<V, H>(sum);
+  }
+
+  // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
+  template <class V>
+  V sweep(const Row& row, const T* const* x, int64_t c, int64_t end) const {
     V sum[4];
-    int64_t c = 0;
-    for (; c + 2 * kChunk <= cols; c += 2 * kChunk) {
+    for (; c + 2 * kChunk <= end; c += 2 * kChunk) {
       add(sum + 0, row, x, c);
       add(sum + 2, row, x, c + kChunk);
     }
-    if (c + kChunk <= cols) {
+    if (c + kChunk <= end) {
       add(sum + 0, row, x, c);
       c += kChunk;
     }
-    if (c < cols) {
+    if (c < end) {  // the end of the row
       V with[2] = {sum[2], sum[3]};
       add<true>(with, row, x, c);
       keep_first(sum[2], with[0], cols - c);
@@ -181,11 +192,11 @@ class RowsCpu {
     sum[0].merge(sum[2]);
     sum[1].merge(sum[3]);
     sum[0].merge(sum[1]);
-    return across_lanes<V, H>(sum[0]);
+    return sum[0];
   }
 
   template <bool tail = false>
-  FUSEGRAD_FN void load_in(In<Op, A> (&in)[2], const T* const* x, int64_t c) const {
+  FUSEGRAD_FN void load_in(InRows<Op, A, T> (&in)[2], const T* const* x, int64_t c) const {
     const int64_t n = tail ? cols - c : kChunk;
     in[0].col = c, in[1].col = c + W;
     for (int i = 0; i < Op::in; ++i) {
@@ -202,7 +213,7 @@ class RowsCpu {
 
   template <bool tail = false, class V>
   FUSEGRAD_FN void add(V* sum, const Row& row, const T* const* x, int64_t c) const {
-    In<Op, A> in[2];
+    InRows<Op, A, T> in[2];
     load_in<tail>(in, x, c);
     args.op.add(sum[0], row, in[0]);
     args.op.add(sum[1], row, in[1]);
@@ -232,7 +243,7 @@ class RowsCpu {
 
   template <bool sum_columns, bool tail, bool past>
   FUSEGRAD_FN void map(const Row& row, const T* const* x, T* const* y, S* const* col, int64_t c, int64_t n) const {
-    In<Op, A> in[2];
+    InRows<Op, A, T> in[2];
     load_in<tail>(in, x, c);
     Out<Op, A> out[2];
     args.op.template map<T>(row, in[0], out[0]);

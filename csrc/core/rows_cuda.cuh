@@ -160,8 +160,8 @@ class RowsCuda {
     for (int i = 0; i < Op::params; ++i)
       if (a.param[i]) load<V>(static_cast<const P*>(a.param[i]) + at * V + k * team * V, c.p[i]);
   }
-  __device__ __forceinline__ In<Op, S> column(const Columns& c, int k, int e) const {
-    In<Op, S> in;
+  __device__ __forceinline__ InRows<Op, S, T> column(const Columns& c, int k, int e) const {
+    InRows<Op, S, T> in;
     in.col = (at + k * team) * V + e;
 #pragma unroll
     for (int i = 0; i < Op::in; ++i) in.x[i] = S(c.x[i][e]);
@@ -347,8 +347,7 @@ struct AddSlices {
     FUSEGRAD_SHARED(S, parts, kMaxThreads);
     const int warps = blockDim.x / 32;
     const int64_t i = blockIdx.x / a.groups, c = (blockIdx.x - i * a.groups) * 32 + threadIdx.x % 32;
-    P* const y = static_cast<P*>(a.y[i]);
-    const bool mine = y && c < a.cols;
+    const bool mine = a.y[i] && c < a.cols;
     const S* const from = a.partial + i * a.slices * a.cols + c;
     S sum = S(0);
     if (mine) {
@@ -359,7 +358,10 @@ struct AddSlices {
     __syncthreads();
     if (!mine || threadIdx.x >= 32) return;
     for (int w = 1; w < warps; ++w) sum += parts[w * 32 + threadIdx.x];
-    y[c] = P(sum);
+    if (i < Op::col_out - Op::wide_cols)
+      static_cast<P*>(a.y[i])[c] = P(sum);
+    else
+      static_cast<S*>(a.y[i])[c] = sum;
   }
   // Eight slices are loaded at a time.
   static int threads(int64_t slices) { return int(std::clamp<int64_t>((slices + 7) / 8 * 32, 32, kMaxThreads)); }

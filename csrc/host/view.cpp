@@ -143,6 +143,8 @@ const void* Frame::params(const OptTensor& tensor, const char* name) {
   TORCH_CHECK(tensor->sizes() == main_.sizes().slice(first_, last_ - first_), op_, ": ", name, " must have shape ",
               main_.sizes().slice(first_, last_ - first_), " (input is ", main_.sizes(), "), got ", tensor->sizes());
   param_type_ = dtype(op_, *tensor, name);
+  TORCH_CHECK_TYPE(kept_.empty() || kept_.back().scalar_type() == tensor->scalar_type(), op_, ": ", name, " must be ",
+                   kept_.back().scalar_type(), " as the parameters before it, got ", tensor->scalar_type());
   TORCH_CHECK_TYPE(param_type_ == type_ || (param_type_ == DType::f32 && type_ >= DType::f16), op_, ": ", name, " must be ",
                    main_.scalar_type(), type_ >= DType::f16 ? " or Float" : "", ", got ", tensor->scalar_type());
   kept_.push_back(tensor->contiguous());
@@ -161,7 +163,8 @@ Tensor Frame::empty_rows() const {
   return pool::empty_strided(sizes_, strides, main_);
 }
 
-Tensor Frame::empty_per_row() const { return at::empty(row_sizes_, main_.options().dtype(wide())); }
+Tensor Frame::empty_per_row() const { return empty_per_row(wide()); }
+Tensor Frame::empty_per_row(at::ScalarType type) const { return at::empty(row_sizes_, main_.options().dtype(type)); }
 
 Tensor Frame::empty_params(const OptTensor& like) const {
   const auto options = given(like) ? main_.options().dtype(like->scalar_type()) : main_.options();

@@ -36,8 +36,9 @@ class Frame {
   // One value per column, of the main tensor's type, or float with 16-bit rows. Null if not given.
   const void* params(const OptTensor& tensor, const char* name);
 
-  Tensor empty_rows() const;                         // the main tensor's shape, the columns of a row next to each other
-  Tensor empty_per_row() const;                      // the shape of the rows, of the accumulate type
+  Tensor empty_rows() const;     // the main tensor's shape, the columns of a row next to each other
+  Tensor empty_per_row() const;  // the shape of the rows, of the accumulate type
+  Tensor empty_per_row(at::ScalarType type) const;
   Tensor empty_params(const OptTensor& like) const;  // of the type and shape of the parameter, else the main tensor's type
 
   // Joins the dimensions that every view walks as one, and fills in the extent of the call. In a map op the innermost dimension

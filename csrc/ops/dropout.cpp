@@ -6,7 +6,6 @@
 #include "ops.h"
 
 namespace fusegrad {
-namespace {
 
 // The kernel reads the seed: to look at it here would be to wait for the device.
 Dropout dropout_of(const Frame& frame, const Tensor& seed, double p) {
@@ -16,6 +15,8 @@ Dropout dropout_of(const Frame& frame, const Tensor& seed, double p) {
               ", where the input is, got a tensor on ", seed.device());
   return Dropout(seed.const_data_ptr<int64_t>(), p);
 }
+
+namespace {
 
 // y = x m
 Tensor dropped(const char* op, const Tensor& x, const char* name, const Tensor& seed, double p) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <tuple>
 
+#include "../core/rng.h"
 #include "../host/view.h"
 
 namespace fusegrad {
@@ -12,6 +13,28 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const OptTensor& w, int
                                         bool cast_first);
 std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const Tensor& rstd, int64_t dims,
                                         double offset, std::array<bool, 2> needed);
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const OptTensor& w, const OptTensor& b, int64_t dims,
+                                                  double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const OptTensor& b,
+                                                  const Tensor& mean, const Tensor& rstd, int64_t dims, std::array<bool, 3> needed);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x, const Tensor& residual, const OptTensor& w,
+                                                        const OptTensor& b, const OptTensor& seed, int64_t dims, double eps,
+                                                        double offset, bool cast_first, double p, bool rms);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd(const Tensor& dy, const OptTensor& dsum, const Tensor& sum,
+                                                        const OptTensor& w, const OptTensor& b, const OptTensor& seed,
+                                                        const OptTensor& mean, const Tensor& rstd, int64_t dims, double offset,
+                                                        double p, std::array<bool, 4> needed);
+// For the ops that drop on their way.
+Dropout dropout_of(const Frame& frame, const Tensor& seed, double p);
+
+Tensor dyt_fwd(const Tensor& x, const Tensor& alpha, const OptTensor& w, const OptTensor& b, int64_t dims);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_bwd(const Tensor& dy, const Tensor& x, const Tensor& alpha, const OptTensor& w,
+                                                   const OptTensor& b, int64_t dims, std::array<bool, 4> needed);
+
+Tensor l2_norm_fwd(const Tensor& x, int64_t dim, double eps, bool divide);
+Tensor l2_norm_bwd(const Tensor& dy, const Tensor& x, int64_t dim, double eps, bool divide);
 
 Tensor gated_fwd(const Tensor& gate, const OptTensor& up, int64_t dim, int64_t number);
 std::tuple<Tensor, Tensor> gated_bwd(const Tensor& dy, const Tensor& gate, const OptTensor& up, int64_t dim, int64_t number,

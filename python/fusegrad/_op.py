@@ -37,6 +37,7 @@ class Op:
     random: bool = False  # draws from torch's generator: equal calls need an equal seed, and torch's own function draws otherwise
     constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
+    stored: Callable | None = None  # stored(kwargs, outputs): for the reference in float64, arguments that give what the op rounds
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
@@ -157,6 +158,23 @@ def check_tensor(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
     if value.is_nested:  # has no shape that the checks after this one could look at
         raise RuntimeError(f"{op}: {name} must be a dense tensor, got a nested tensor")
+
+
+def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:
+    """How many dimensions a norm takes together: normalized_shape must be the last ones of input, and each parameter that is given
+    must have it."""
+    check_tensor(op, "input", input)
+    if isinstance(normalized_shape, int):
+        raise TypeError(f"{op}: normalized_shape must be a sequence of sizes, got int")
+    shape = tuple(normalized_shape)
+    if not shape or shape != tuple(input.shape[input.dim() - len(shape) :]):
+        raise RuntimeError(
+            f"{op}: normalized_shape must be the last dimensions of input ({list(input.shape)}) and at least one, got {list(shape)}"
+        )
+    for name, param in params.items():
+        if param is not None and param.shape != shape:
+            raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(param.shape)}")
+    return len(shape)
 
 
 def fall_back(op: str, reason: str, device: torch.device) -> None:

@@ -1,9 +1,13 @@
 """The functionals. Where `torch.nn.functional` has one of the same name, the arguments are the same, in the same order."""
 
+from .ops.add_norm import add_layer_norm, add_rms_norm
 from .ops.bias_act import bias_act
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import bias_dropout_add, dropout
+from .ops.dyt import dyt
 from .ops.gated import geglu, geglu_tanh, glu, reglu, swiglu
+from .ops.l2_norm import norm, normalize
+from .ops.layer_norm import layer_norm
 from .ops.linear import linear
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_token_log_probs
 from .ops.pointwise import cube, exp, grad_reverse, scale
@@ -12,19 +16,25 @@ from .ops.rotary import qk_norm_rope, rotary_embedding
 from .ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "bias_act",
     "bias_dropout_add",
     "cross_entropy",
     "cube",
     "dropout",
+    "dyt",
     "exp",
     "geglu",
     "geglu_tanh",
     "glu",
     "grad_reverse",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_token_log_probs",
+    "norm",
+    "normalize",
     "qk_norm_rope",
     "reglu",
     "rms_norm",

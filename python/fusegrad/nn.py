@@ -1,9 +1,12 @@
 """The modules. Where `torch.nn` has one of the same name, ours is a subclass of it: same constructor, parameters and state dict."""
 
+from .ops.add_norm import AddLayerNorm, AddRMSNorm
 from .ops.bias_act import BiasAct
 from .ops.cross_entropy import CrossEntropyLoss
 from .ops.dropout import BiasDropoutAdd, Dropout
+from .ops.dyt import DyT
 from .ops.gated import GLU, GeGLU, GeGLUTanh, ReGLU, SwiGLU
+from .ops.layer_norm import LayerNorm
 from .ops.linear import Linear
 from .ops.linear_cross_entropy import LinearCrossEntropyLoss
 from .ops.mlp import MLP, GatedMLP
@@ -12,17 +15,21 @@ from .ops.rms_norm import RMSNorm
 from .ops.rotary import RotaryEmbedding
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BiasAct",
     "BiasDropoutAdd",
     "CrossEntropyLoss",
     "Cube",
     "Dropout",
+    "DyT",
     "Exp",
     "GLU",
     "GatedMLP",
     "GeGLU",
     "GeGLUTanh",
     "GradientReversal",
+    "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
     "MLP",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_normalized_shape, compiled, wide, wide_dtype
 
 rms_norm_fwd = compiled("rms_norm_fwd")
 rms_norm_bwd = compiled("rms_norm_bwd")
@@ -105,24 +105,19 @@ def rms_norm(
     if has_torch_function((input, weight)):
         extra = dict(weight_offset=weight_offset, cast_order=cast_order)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight, eps, **extra)
-    check_tensor("rms_norm", "input", input)
-    if isinstance(normalized_shape, int):
-        raise TypeError("rms_norm: normalized_shape must be a sequence of sizes, got int")
-    shape = tuple(normalized_shape)
-    if not shape or shape != tuple(input.shape[input.dim() - len(shape) :]):
-        raise RuntimeError(
-            f"rms_norm: normalized_shape must be the last dimensions of input ({list(input.shape)}) and at least one, got {list(shape)}"
-        )
-    if weight is not None and weight.shape != shape:
-        raise RuntimeError(f"rms_norm: weight must have shape {list(shape)}, got {list(weight.shape)}")
-    if cast_order not in ("torch", "llama"):
-        raise ValueError(f"rms_norm: cast_order must be 'torch' or 'llama', got {cast_order!r}")
+    dims = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight = input.float(), None if weight is None else weight.float()
+    return RMSNormFn.call((input, weight), dims, *rms_options("rms_norm", input, eps, weight_offset, cast_order), outputs=1)
+
+
+def rms_options(op: str, input: Tensor, eps: float | None, weight_offset: float, cast_order: str) -> tuple[float, float, bool]:
+    """As the kernels take them."""
+    if cast_order not in ("torch", "llama"):
+        raise ValueError(f"{op}: cast_order must be 'torch' or 'llama', got {cast_order!r}")
     if eps is None:
         eps = torch.finfo(wide_dtype(input)).eps if input.is_floating_point() or input.is_complex() else 0.0
-    options = (len(shape), float(eps), float(weight_offset), cast_order == "llama")
-    return RMSNormFn.call((input, weight), *options, outputs=1)
+    return float(eps), float(weight_offset), cast_order == "llama"
 
 
 class RMSNorm(torch.nn.RMSNorm):
