@@ -18,7 +18,16 @@
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)")                                                                                \
   _(cross_entropy_bwd,                                                                                                             \
     "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? w, Tensor top, Tensor log_sum,"                                \
-    " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")
+    " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")                    \
+  _(channel_norm_fwd,                                                                                                              \
+    "(Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor? mean, Tensor? var, int groups, float eps, int activation)"                \
+    " -> (Tensor, Tensor)")                                                                                                        \
+  _(channel_norm_bwd,                                                                                                              \
+    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor mean, Tensor var, int groups, float eps, int activation,"       \
+    " bool constant, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                                                         \
+  _(layer_norm_2d_fwd, "(Tensor x, Tensor? w, Tensor? b, float eps) -> (Tensor, Tensor, Tensor)")                                  \
+  _(layer_norm_2d_bwd,                                                                                                             \
+    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor mean, Tensor rstd, bool[3] needed) -> (Tensor, Tensor, Tensor)")
 
 // The library of torch.ops; the emulated build (tests/emulator) has its own. In two steps, so that the name is expanded.
 #ifndef FUSEGRAD_LIBRARY

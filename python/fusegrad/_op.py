@@ -37,6 +37,8 @@ class Op:
     constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
+    statistics: Callable = lambda kwargs: 0  # bytes that a call needs beside its results
+    same_bits_in_layouts: bool = True  # False: sums follow the memory, and another layout may round them otherwise
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
     shapes: tuple = SHAPES  # (rows, cols) that it is timed with
 
