@@ -48,6 +48,15 @@
   _(cross_entropy_bwd,                                                                                                             \
     "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? w, Tensor top, Tensor log_sum,"                                \
     " Tensor? divisor, int ignore_index, float smoothing, float z_loss, float softcap, float scale) -> Tensor")                    \
+  _(channel_norm_fwd,                                                                                                              \
+    "(Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor? mean, Tensor? var, int groups, float eps, int activation)"                \
+    " -> (Tensor, Tensor)")                                                                                                        \
+  _(channel_norm_bwd,                                                                                                              \
+    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor mean, Tensor var, int groups, float eps, int activation,"       \
+    " bool constant, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                                                         \
+  _(layer_norm_2d_fwd, "(Tensor x, Tensor? w, Tensor? b, float eps) -> (Tensor, Tensor, Tensor)")                                  \
+  _(layer_norm_2d_bwd,                                                                                                             \
+    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor mean, Tensor rstd, bool[3] needed) -> (Tensor, Tensor, Tensor)")           \
   _(linear_cross_entropy_fwd,                                                                                                      \
     "(Tensor x, Tensor w, Tensor target, Tensor? b, Tensor? class_weight, Tensor? num_items, int ignore_index, float smoothing,"   \
     " float z_loss, float softcap, float scale, bool reduce, bool mean, float items, bool empty_is_zero, bool wide,"               \

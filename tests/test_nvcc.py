@@ -57,17 +57,17 @@ def test_nvcc(source, arch, tmp_path):
     print(f"{source.name} for sm_{arch}: {len(found)} kernels, at most {most} registers, 0 spilled bytes, {seconds:.1f} s")
 
     header = source.with_name(source.name.replace("_cuda.cu", ".h")).read_text()
-    listed = re.findall(r"FUSEGRAD_(ROWS|MAP)\((\w+)(?:<.*>)?\)", source.read_text())
+    listed = re.findall(r"FUSEGRAD_(ROWS|ANY_ROWS|MAP)\((\w+)(?:<.*>)?\)", source.read_text())
     for kind, op in dict.fromkeys(listed):  # of a template, all that is listed of it
         sizes = re.search(rf"struct {op} : .*?static constexpr int (.*?);", header, re.S)[1]
         sizes = {k: int(v) for k, v in re.findall(r"(\w+) = (\d+)", sizes)}
-        driver = {"ROWS": "RowsCuda", "MAP": "MapCuda"}[kind]
-        own = {key[1:]: text for key, (text, _, _) in found.items() if key[0] == driver and key[1].partition("<")[0] == op}
-        pairs = PAIRS if sizes.get("params") else [(t, t) for t in dict(PAIRS)]
-        expected = {(*(pair if kind == "ROWS" else pair[:1]), packed) for pair in pairs for packed in ("true", "false")}
-        names = {key[0] for key in own}
-        assert len(names) == listed.count((kind, op)) and own.keys() == {(name, *key) for name in names for key in expected}
-        for key, text in own.items():
-            if key[-1] == "true":  # as four times 32 bits or two times 64
-                assert not sizes.get("in") or re.search(r"ld\.global\.nc\.v(4\.\w32|2\.\w64)", text), (op, key)
-                assert not sizes.get("out") or re.search(r"st\.global\.v(4\.\w32|2\.\w64)", text), (op, key)
+        for driver in {"ROWS": ["RowsCuda"], "ANY_ROWS": ["RowsCuda", "AcrossCuda"], "MAP": ["MapCuda"]}[kind]:
+            own = {key[1:]: text for key, (text, _, _) in found.items() if key[0] == driver and key[1].partition("<")[0] == op}
+            pairs = PAIRS if sizes.get("params") else [(t, t) for t in dict(PAIRS)]
+            expected = {(*(pair[:1] if kind == "MAP" else pair), packed) for pair in pairs for packed in ("true", "false")}
+            names = {key[0] for key in own}
+            assert len(names) == listed.count((kind, op)) and own.keys() == {(name, *key) for name in names for key in expected}
+            for key, text in own.items():
+                if key[-1] == "true":  # as four times 32 bits or two times 64
+                    assert not sizes.get("in") or re.search(r"ld\.global\.nc\.v(4\.\w32|2\.\w64)", text), (driver, op, key)
+                    assert not sizes.get("out") or re.search(r"st\.global\.v(4\.\w32|2\.\w64)", text), (driver, op, key)

@@ -43,6 +43,16 @@ class RowsCpu {
     at::parallel_for(0, args.extent.rows, grain(), [&](int64_t begin, int64_t end) { rows<false>(begin, end, 0); });
   }
 
+  // The sums over the rows, from those of the slices.
+  void add_up() const {
+    at::parallel_for(0, cols, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.slices)), [&](int64_t begin, int64_t end) {
+      for (int i = 0; i < Op::col_out; ++i)
+        if (args.col_out[i])
+          i < Op::col_out - Op::wide_cols ? add_slices(i, static_cast<P*>(args.col_out[i]), begin, end)
+                                          : add_slices(i, static_cast<S*>(args.col_out[i]), begin, end);
+    });
+  }
+
  private:
   const RowArgs<Op>& args;
   const int64_t cols;
@@ -62,12 +72,7 @@ class RowsCpu {
         rows<true>(s * per, std::min(rows_total, (s + 1) * per), s);
       }
     });
-    at::parallel_for(0, cols, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, slices)), [&](int64_t begin, int64_t end) {
-      for (int i = 0; i < Op::col_out; ++i)
-        if (args.col_out[i])
-          i < Op::col_out - Op::wide_cols ? add_slices(i, static_cast<P*>(args.col_out[i]), begin, end)
-                                          : add_slices(i, static_cast<S*>(args.col_out[i]), begin, end);
-    });
+    add_up();
   }
 
   S* partial(int i, int64_t slice) const { return static_cast<S*>(args.partial) + (i * args.slices + slice) * cols; }

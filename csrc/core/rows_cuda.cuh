@@ -367,6 +367,17 @@ struct AddSlices {
   static int threads(int64_t slices) { return int(std::clamp<int64_t>((slices + 7) / 8 * 32, 32, kMaxThreads)); }
 };
 
+template <class Op, class S, class P>
+void add_slices(const RowArgs<Op>& args, void* stream) {
+  if constexpr (Op::col_out > 0) {
+    if (!args.sums_columns() || args.extent.cols == 0) return;
+    using Add = AddSlices<Op, S, P>;
+    typename Add::Args add{static_cast<const S*>(args.partial), {}, args.slices, args.extent.cols, (args.extent.cols + 31) / 32};
+    for (int i = 0; i < Op::col_out; ++i) add.y[i] = args.col_out[i];
+    fusegrad::launch<Add>(Op::col_out * add.groups, Add::threads(args.slices), stream, add);
+  }
+}
+
 template <class Op>
 class RowsOnCuda {
   template <class F>
@@ -386,14 +397,7 @@ class RowsOnCuda {
       const bool sums = args.sums_columns();
       const int64_t blocks = std::min<int64_t>(Program::groups(args, split), int64_t(kBlocksPerSM) * multiprocessors());
       if (args.extent.rows > 0) fusegrad::launch<Program>(sums ? args.slices : blocks, split.threads, stream, {args, split});
-      if constexpr (Op::col_out > 0) {
-        if (!sums || args.extent.cols == 0) return;
-        using Add = AddSlices<Op, Acc<decltype(t)>, decltype(p)>;
-        typename Add::Args add{
-            static_cast<const Acc<decltype(t)>*>(args.partial), {}, args.slices, args.extent.cols, (args.extent.cols + 31) / 32};
-        for (int i = 0; i < Op::col_out; ++i) add.y[i] = args.col_out[i];
-        fusegrad::launch<Add>(Op::col_out * add.groups, Add::threads(args.slices), stream, add);
-      }
+      add_slices<Op, Acc<decltype(t)>, decltype(p)>(args, stream);
     });
   }
 

@@ -107,5 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_bwd(const OptTensor& dq_out, c
                                                       const OptTensor& k, const OptTensor& q_weight, const OptTensor& k_weight,
                                                       const OptTensor& q_rstd, const OptTensor& k_rstd, const Tensor& cos,
                                                       const Tensor& sin, bool interleaved, std::array<bool, 4> needed);
+std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x, const OptTensor& w, const OptTensor& b, const OptTensor& r,
+                                            const OptTensor& mean, const OptTensor& var, int64_t groups, double eps,
+                                            int64_t activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w,
+                                                            const OptTensor& b, const OptTensor& r, const Tensor& mean,
+                                                            const Tensor& var, int64_t groups, double eps, int64_t activation,
+                                                            bool constant, std::array<bool, 4> needed);
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, const OptTensor& w, const OptTensor& b, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const OptTensor& b,
+                                                     const Tensor& mean, const Tensor& rstd, std::array<bool, 3> needed);
 
 }  // namespace fusegrad

@@ -2,12 +2,14 @@
 
 from .ops.add_norm import add_layer_norm, add_rms_norm
 from .ops.bias_act import bias_act
+from .ops.channel_norm import batch_norm, group_norm
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import bias_dropout_add, dropout
 from .ops.dyt import dyt
 from .ops.gated import geglu, geglu_tanh, glu, reglu, swiglu
 from .ops.l2_norm import norm, normalize
 from .ops.layer_norm import layer_norm
+from .ops.layer_norm_2d import layer_norm_2d
 from .ops.linear import linear
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_token_log_probs
 from .ops.pointwise import cube, exp, grad_reverse, scale
@@ -18,6 +20,7 @@ from .ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "batch_norm",
     "bias_act",
     "bias_dropout_add",
     "cross_entropy",
@@ -29,7 +32,9 @@ __all__ = [
     "geglu_tanh",
     "glu",
     "grad_reverse",
+    "group_norm",
     "layer_norm",
+    "layer_norm_2d",
     "linear",
     "linear_cross_entropy",
     "linear_token_log_probs",

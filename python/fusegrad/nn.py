@@ -2,11 +2,13 @@
 
 from .ops.add_norm import AddLayerNorm, AddRMSNorm
 from .ops.bias_act import BiasAct
+from .ops.channel_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
 from .ops.cross_entropy import CrossEntropyLoss
 from .ops.dropout import BiasDropoutAdd, Dropout
 from .ops.dyt import DyT
 from .ops.gated import GLU, GeGLU, GeGLUTanh, ReGLU, SwiGLU
 from .ops.layer_norm import LayerNorm
+from .ops.layer_norm_2d import LayerNorm2d
 from .ops.linear import Linear
 from .ops.linear_cross_entropy import LinearCrossEntropyLoss
 from .ops.mlp import MLP, GatedMLP
@@ -17,6 +19,9 @@ from .ops.rotary import RotaryEmbedding
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "BiasAct",
     "BiasDropoutAdd",
     "CrossEntropyLoss",
@@ -29,7 +34,9 @@ __all__ = [
     "GeGLU",
     "GeGLUTanh",
     "GradientReversal",
+    "GroupNorm",
     "LayerNorm",
+    "LayerNorm2d",
     "Linear",
     "LinearCrossEntropyLoss",
     "MLP",

@@ -1,0 +1,249 @@
+// Runs a row op on the CPU whose columns may be apart while its rows lie next to each other, such as the pixels of an image with
+// the channels as columns: SIMD lanes are rows then, and a tile of neighbouring rows is walked column by column. Nothing is
+// gathered and results keep the layout. Rows that lie along memory go to rows_cpu.h.
+//
+// What an op may not use here: skip(), In::is(), In::stored(), and fields of Row that are not of type S.
+#pragma once
+
+#include "rows_cpu.h"
+
+namespace fusegrad {
+namespace {
+
+// An array; the standard's smart pointers would be weak symbols of a type that each variant has its own of.
+template <class X>
+struct Scratch {
+  X* const data;
+  explicit Scratch(int64_t n) : data(new X[n]()) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { delete[] data; }
+  X& operator[](int64_t i) const { return data[i]; }
+};
+
+template <class Op, class T, class P>
+class AcrossCpu {
+  using S = Acc<T>;
+  using A = Vec<S>;
+  template <class X>
+  using Row = typename Op::template Row<X>;
+  using Sweeps = typename Op::template Sweeps<A>;
+  static constexpr int W = Lanes<A>::count, kChunk = kStep<A>;
+  static constexpr bool kOneWalk = std::is_same_v<Sweeps, List<>>;
+  static constexpr int64_t kNear = 256 << 10;  // bytes of a tile that is walked more than once
+  static constexpr int64_t kMost = 64 * kChunk;
+  static constexpr int64_t kLeast = 64;     // units of work, if there are so many
+  static constexpr int64_t kLevel = 64;     // columns in a sum of the first level, such sums in one of the second
+  static constexpr int64_t kWork = 131072;  // elements of a unit that is walked once
+
+ public:
+  explicit AcrossCpu(const RowArgs<Op>& args) : args(args), cols(args.extent.cols), lanes(args.extent.size[args.extent.dims - 1]) {
+    const int64_t outer = args.extent.rows / std::max<int64_t>(1, lanes), bytes = std::max<int64_t>(1, cols) * sizeof(T) * Op::in;
+    const int64_t wanted = kOneWalk ? kMost : std::min({kMost, kNear / bytes, lanes * outer / kLeast});
+    tile = std::max<int64_t>(1, wanted / kChunk) * kChunk;
+    tiles = (lanes + tile - 1) / tile;
+    per_piece = kOneWalk && Op::col_out == 0 ? std::max<int64_t>(1, kWork / std::min(tile, std::max<int64_t>(1, lanes))) : cols;
+    pieces = per_piece ? (cols + per_piece - 1) / per_piece : 1;
+    units = outer * tiles * pieces;
+    past = Op::out > 0 && beyond_caches(args.extent.rows * cols * int64_t(sizeof(T)) * (Op::in + Op::out));
+  }
+
+  int64_t slices() const { return std::min<int64_t>(64, units); }
+
+  void run() const {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(tile, lanes) * per_piece));
+    if (!args.sums_columns()) {
+      at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u) unit(u, -1);
+      });
+      return;
+    }
+    const int64_t per = args.slices ? (units + args.slices - 1) / args.slices : 0;
+    at::parallel_for(0, args.slices, per ? (grain + per - 1) / per : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        for (int i = 0; i < Op::col_out; ++i)
+          if (args.col_out[i]) std::fill_n(partial(i, s), cols, S(0));
+        for (int64_t u = s * per; u < std::min(units, (s + 1) * per); ++u) unit(u, s);
+      }
+    });
+    RowsCpu<Op, T, P>(args).add_up();
+  }
+
+ private:
+  const RowArgs<Op>& args;
+  const int64_t cols, lanes;
+  int64_t tile, tiles, per_piece, pieces, units;
+  bool past;
+
+  S* partial(int i, int64_t slice) const { return static_cast<S*>(args.partial) + (i * args.slices + slice) * cols; }
+  int64_t step(const View& v) const { return v.stride[args.extent.dims - 1]; }
+
+  // A tile of rows, of which n exist, from number `first` on; field f of one in lane l of a vector is S number f * W + l of it.
+  struct Tile {
+    int64_t first, n;
+    Scratch<Row<A>> rows;
+    const T* x[at_least_one(Op::in)];
+    T* y[at_least_one(Op::out)] = {};
+  };
+  template <class V, class H>
+  static void take(const V* from, int64_t l, H& h) {
+    for (size_t f = 0; f < sizeof(H) / sizeof(S); ++f)
+      std::memcpy(reinterpret_cast<char*>(&h) + f * sizeof(S),
+                  reinterpret_cast<const char*>(from + l / W) + (f * W + l % W) * sizeof(S), sizeof(S));
+  }
+  static void put(Row<A>* to, int64_t l, const Row<S>& row) {
+    for (size_t f = 0; f < sizeof(row) / sizeof(S); ++f)
+      std::memcpy(reinterpret_cast<char*>(to + l / W) + (f * W + l % W) * sizeof(S),
+                  reinterpret_cast<const char*>(&row) + f * sizeof(S), sizeof(S));
+  }
+
+  void unit(int64_t u, int64_t slice) const {
+    const int64_t piece = u % pieces, outer = u / pieces / tiles, l = u / pieces % tiles * tile;
+    const int64_t n = std::min(tile, lanes - l);
+    Tile t{outer * lanes + l, n, Scratch<Row<A>>(2 * ((n + kChunk - 1) / kChunk)), {}};
+    for (int i = 0; i < Op::in; ++i) t.x[i] = static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], t.first);
+    for (int i = 0; i < Op::out; ++i)
+      if (args.out[i].data) t.y[i] = static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], t.first);
+    for (int64_t i = 0; i < t.n; ++i) {
+      Row<S> row{};
+      args.op.begin(row, At<Op, T, P>{args, t.first + i});
+      put(t.rows.data, i, row);
+    }
+    sweeps(Sweeps{}, typename Op::template Sweeps<S>{}, t);
+    if constexpr (Op::out > 0 || Op::col_out > 0) {
+      const int64_t begin = piece * per_piece, end = std::min(cols, begin + per_piece);
+      for (int64_t c = begin; c < end; ++c) map(t, c, slice);
+      if (past) end_of_stores_past();
+    }
+  }
+
+  template <class... V, class... H>
+  void sweeps(List<V...>, List<H...>, [[maybe_unused]] Tile& t) const {
+    (sweep<V, H>(t), ...);
+  }
+
+  // Sums of sums of sums, so that a long row loses no more digits than one that is walked along.
+  template <class V, class H>
+  void sweep(Tile& t) const {
+    const int64_t count = 2 * ((t.n + kChunk - 1) / kChunk);
+    const Scratch<V> sums(3 * count);
+    const auto move_up = [&](int from) {
+      for (int64_t k = 0; k < count; ++k) {
+        sums[(from + 1) * count + k].merge(sums[from * count + k]);
+        sums[from * count + k] = V{};
+      }
+    };
+    for (int64_t c = 0; c < cols; ++c) {
+      In<Op, A> in[2];
+      params(in, c);
+      for (int64_t l = 0; l < t.n; l += kChunk) {
+        load_in(in, t, l, c);
+        args.op.add(sums[l / W], t.rows[l / W], in[0]);
+        args.op.add(sums[l / W + 1], t.rows[l / W + 1], in[1]);
+      }
+      if ((c + 1) % kLevel == 0) move_up(0);
+      if ((c + 1) % (kLevel * kLevel) == 0) move_up(1);
+    }
+    move_up(0);
+    move_up(1);
+    for (int64_t i = 0; i < t.n; ++i) {
+      Row<S> row;
+      H sum;
+      take(t.rows.data, i, row);
+      take(&sums[2 * count], i, sum);
+      args.op.finish(row, sum, At<Op, T, P>{args, t.first + i});
+      put(t.rows.data, i, row);
+    }
+  }
+
+  FUSEGRAD_FN void params(In<Op, A> (&in)[2], int64_t c) const {
+    in[0].col = in[1].col = c;
+    for (int i = 0; i < Op::params; ++i)
+      in[0].p[i] = in[1].p[i] = A(args.param[i] ? S(static_cast<const P*>(args.param[i])[c]) : S(Op::absent));
+  }
+  FUSEGRAD_FN void load_in(In<Op, A> (&in)[2], const Tile& t, int64_t l, int64_t c) const {
+    for (int i = 0; i < Op::in; ++i) {
+      const int64_t apart = step(args.in[i]), n = t.n - l;
+      const T* const from = t.x[i] + l * apart + c * args.in[i].col;
+      A v[2];
+      if (apart == 1) {
+        load(from, v, n);
+      } else {
+        T near[kChunk] = {};
+        for (int64_t k = 0; k < std::min<int64_t>(n, kChunk); ++k) near[k] = from[k * apart];
+        load(static_cast<const T*>(near), v);
+      }
+      in[0].x[i] = v[0], in[1].x[i] = v[1];
+    }
+  }
+
+  void map(const Tile& t, int64_t c, [[maybe_unused]] int64_t slice) const {
+    In<Op, A> in[2];
+    params(in, c);
+    [[maybe_unused]] A sum[at_least_one(Op::col_out)];
+    for (int i = 0; i < Op::col_out; ++i) sum[i] = A(S(0));
+    for (int64_t l = 0; l < t.n; l += kChunk) {
+      const int64_t n = t.n - l;
+      load_in(in, t, l, c);
+      Out<Op, A> out[2];
+      args.op.template map<T>(t.rows[l / W], in[0], out[0]);
+      args.op.template map<T>(t.rows[l / W + 1], in[1], out[1]);
+      for (int i = 0; i < Op::out; ++i)
+        if (t.y[i]) put(t.y[i] + l * step(args.out[i]) + c * args.out[i].col, step(args.out[i]), out[0].y[i], out[1].y[i], n);
+      for (int i = 0; i < Op::col_out; ++i) {
+        if (n < kChunk) {
+          out[0].col[i] = select(Lanes<A>::first(n), out[0].col[i], A(S(0)));
+          out[1].col[i] = select(Lanes<A>::first(n - W), out[1].col[i], A(S(0)));
+        }
+        sum[i] = sum[i] + (out[0].col[i] + out[1].col[i]);
+      }
+    }
+    if constexpr (Op::col_out > 0)
+      if (slice >= 0)
+        for (int i = 0; i < Op::col_out; ++i)
+          if (args.col_out[i]) {
+            for (int half = W / 2; half > 0; half /= 2) sum[i] = sum[i] + lanes_down(sum[i], half);
+            S first;
+            std::memcpy(&first, &sum[i], sizeof(S));
+            partial(i, slice)[c] += first;
+          }
+  }
+
+  FUSEGRAD_FN void put(T* to, int64_t apart, const A& a, const A& b, int64_t n) const {
+    const A v[2] = {a, b};
+    if (apart != 1) {
+      T near[kChunk];
+      store(static_cast<T*>(near), v);
+      for (int64_t k = 0; k < std::min<int64_t>(n, kChunk); ++k) to[k * apart] = near[k];
+    } else if (n >= kChunk && past && on_lines<1>(&to)) {
+      store<true>(to, v);
+    } else {
+      store(to, v, n);
+    }
+  }
+};
+
+template <class Op>
+struct AnyRowsOnCpu {
+  template <class F>
+  static auto with(const RowArgs<Op>& args, const F& f) {
+    for_types<(Op::params > 0)>(args.rows, args.params, [&](auto t, auto p) { f(AcrossCpu<Op, decltype(t), decltype(p)>(args)); });
+  }
+  static void launch(const RowArgs<Op>& args, void* stream) {
+    if (along(args)) return RowsOnCpu<Op>::launch(args, stream);
+    with(args, [](const auto& across) { across.run(); });
+  }
+  static int64_t slices(const RowArgs<Op>& args) {
+    int64_t n = RowsOnCpu<Op>::slices(args);
+    if (!along(args)) with(args, [&](const auto& across) { n = across.slices(); });
+    return n;
+  }
+};
+
+}  // namespace
+}  // namespace fusegrad
+
+#define FUSEGRAD_ANY_ROWS(Op)                                                                                                      \
+  namespace fusegrad {                                                                                                             \
+  template <>                                                                                                                      \
+  const Kernel<RowArgs<Op>> Kernels<RowArgs<Op>, FUSEGRAD_VARIANT>::entry = {AnyRowsOnCpu<Op>::launch, AnyRowsOnCpu<Op>::slices};  \
+  }

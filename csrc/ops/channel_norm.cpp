@@ -1,0 +1,332 @@
+#include "channel_norm.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <algorithm>
+#include <functional>
+#include <string>
+
+#include "../host/run.h"
+#include "ops.h"
+
+namespace fusegrad {
+namespace {
+
+constexpr double kLeakySlope = 0.01;  // torch's default
+
+at::TensorOptions wide_options(const Tensor& x) {
+  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// How a call walks tensors of shape [N, C, *]: as rows of one channel each. What is next to each other in memory becomes the
+// columns or, for channels_last, the last dimension of the rows; nothing is copied that a view can walk.
+class Walk {
+ public:
+  Walk(const char* op, const Tensor& x, bool batch, std::initializer_list<OptTensor> others) : op_(op), x_(x), batch_(batch) {
+    n_ = x.size(0), c_ = x.size(1), l_ = x.numel() / std::max<int64_t>(1, n_ * c_);
+    joined_ = step(x) >= 0;
+    bool all = joined_ && (n_ == 1 || l_ == 1 || x.stride(0) == l_ * step(x));
+    for (const auto& t : others)
+      if (given(t)) {
+        joined_ = joined_ && step(*t) >= 0;
+        all = all && joined_ && (n_ == 1 || l_ == 1 || t->stride(0) == l_ * step(*t));
+      }
+    if (batch && all && (x.stride(1) == 1 || l_ == 1))
+      kind_ = kSamples, axes_ = "c", sizes_ = {c_, n_ * l_};
+    else if (batch && joined_ && l_ < kShort && n_ > l_ && (l_ == 1 || x.stride(1) == l_ * step(x)))
+      kind_ = kShortPlanes, axes_ = "cl", sizes_ = {c_, l_, n_};
+    else if (joined_)
+      axes_ = "nc", sizes_ = {n_, c_, l_};
+    else
+      axes_ = "nc" + std::string(x.dim() - 3, 'l'), sizes_ = at::DimVector(x.sizes());
+  }
+
+  int64_t rows() const { return int64_t(axes_.size()); }
+
+  // Columns [first, first + count * size) of all rows, cut into `count` cells of a row each.
+  Tensor cells(const Tensor& t, int64_t first, int64_t count, int64_t size) const {
+    at::DimVector sizes = sizes_, strides = strides_of(t);
+    const int64_t column = strides.back();
+    sizes.back() = size;
+    sizes.insert(sizes.begin(), count);
+    strides.insert(strides.begin(), column * size);
+    return t.as_strided(sizes, strides, t.storage_offset() + first * column);
+  }
+  Tensor whole(const Tensor& t) const { return t.as_strided(sizes_, strides_of(t), t.storage_offset()); }
+
+  // A value of each channel [C], or of each sample's channel [N, C], for each row.
+  Tensor spread(const Tensor& t) const {
+    at::DimVector strides;
+    for (char axis : axes_) strides.push_back(axis == 'c' ? t.stride(-1) : axis == 'n' && t.dim() == 2 ? t.stride(0) : 0);
+    return t.as_strided(at::IntArrayRef(sizes_).slice(0, rows()), strides, t.storage_offset());
+  }
+
+  // Calls f(first column, cells, columns of a cell, number of the first cell): twice, if the last cell is shorter. Many cells keep
+  // the threads busy; where lanes are rows, a cell is also what is read again from the caches.
+  template <class F>
+  void for_cells(const F& f) const {
+    const int64_t columns = sizes_.back(), size = cell();
+    if (columns >= size) f(0, columns / size, size, 0);
+    if (columns % size) f(columns - columns % size, 1, columns % size, columns / size);
+  }
+  // Tensors [k, rows..., cells], one value of each cell; in the order of the rows, or such that those of a set are next to each
+  // other.
+  Tensor empty_cells(int64_t k) const {
+    at::DimVector sizes(sizes_.begin(), sizes_.end() - 1);
+    sizes.insert(sizes.begin(), k);
+    sizes.push_back((sizes_.back() + cell() - 1) / cell());
+    if (swapped()) std::swap(sizes[1], sizes[2]);
+    return at::empty(sizes, wide_options(x_));
+  }
+  Tensor cell_values(const Tensor& cells, int64_t i, int64_t first, int64_t count) const {
+    const Tensor t = cells.select(0, i).narrow(-1, first, count).movedim(-1, 0);
+    return swapped() ? t.transpose(1, 2) : t;
+  }
+  const char* op() const { return op_; }
+  const Tensor& x() const { return x_; }
+
+ private:
+  enum Kind { kPlanes, kSamples, kShortPlanes };
+  static constexpr int64_t kShort = 32;
+  const char* op_;
+  const Tensor x_;
+  bool batch_, joined_;
+  Kind kind_ = kPlanes;
+  int64_t n_, c_, l_;
+  std::string axes_;     // of the rows: sample, channel, part of the plane
+  at::DimVector sizes_;  // of the rows' dimensions, and the columns
+
+  // Planes of a batch have their samples first, and their sets have theirs last.
+  bool swapped() const { return batch_ && kind_ == kPlanes; }
+
+  int64_t cell() const {
+    const int64_t columns = sizes_.back(), all = std::max<int64_t>(1, x_.numel());
+    const bool lanes_are_rows = strides_of(x_).back() != 1;
+    const int64_t others = std::max<int64_t>(1, all / std::max<int64_t>(1, columns) / (lanes_are_rows ? c_ : 1));
+    const int64_t least = lanes_are_rows ? 64 : 16384, parts = std::max<int64_t>(1, 256 / others);
+    return std::max<int64_t>(1, std::min(columns, std::max(least, (columns + parts - 1) / parts)));
+  }
+
+  // From one element of a plane to the next if there is one step for all of them, else -1.
+  static int64_t step(const Tensor& t) {
+    int64_t step = -1, expected = -1;
+    for (int64_t d = t.dim() - 1; d > 1; --d) {
+      if (t.size(d) == 1) continue;
+      if (expected < 0)
+        step = t.stride(d);
+      else if (t.stride(d) != expected)
+        return -1;
+      expected = t.stride(d) * t.size(d);
+    }
+    return expected < 0 ? 1 : step;
+  }
+  at::DimVector strides_of(const Tensor& t) const {
+    if (kind_ == kSamples) return {t.stride(1), l_ == 1 ? t.stride(0) : step(t)};
+    if (kind_ == kShortPlanes) return {t.stride(1), step(t), t.stride(0)};
+    if (joined_) return {t.stride(0), t.stride(1), step(t)};
+    return at::DimVector(t.strides());
+  }
+};
+
+// Checks what is given, with the names and shapes that the caller knows.
+void check(const char* op, const Tensor& x, const OptTensor& dy, const OptTensor& w, const OptTensor& b, const OptTensor& r,
+           const OptTensor& mean, const OptTensor& var) {
+  Frame frame(op, x, "input", 1, 2);
+  View view;
+  if (given(dy)) frame.in(view, *dy, "gradient");
+  if (given(r)) frame.in(view, *r, "residual");
+  frame.params(w, "weight");
+  frame.params(b, "bias");
+  frame.params(mean, "running_mean");
+  frame.params(var, "running_var");
+}
+
+// Mean and variance of each set, into [2, N, groups], or [2, C] without groups.
+void statistics(const Walk& walk, const Tensor& stats) {
+  using M = ChannelMoments;
+  const Tensor cells = walk.empty_cells(3);
+  walk.for_cells([&](int64_t column, int64_t count, int64_t size, int64_t cell) {
+    const Tensor rows = walk.cells(walk.x(), column, count, size);
+    Frame frame(walk.op(), rows, "input", rows.dim() - 1, rows.dim());
+    RowArgs<M> args{};
+    frame.in(args.in[M::kX], rows, "input");
+    for (int i : {M::kCount, M::kMean, M::kSquares})
+      frame.per_row(args.scalar_out[i], walk.cell_values(cells, i, cell, count), "cell");
+    run(frame, args);
+  });
+  using S = ChannelStatistics;
+  const int64_t sets = stats[0].numel();
+  const Tensor by_set = cells.view({3, sets, sets ? cells.numel() / (3 * sets) : 0});
+  Frame frame(walk.op(), by_set[0], "input", 1, 2);
+  RowArgs<S> args{};
+  for (int i : {S::kCount, S::kMean, S::kSquares}) frame.in(args.in[i], by_set[i], "cells");
+  for (int i : {0, 1}) frame.per_row(args.scalar_out[i], stats[i].view(-1), "statistics");
+  run(frame, args);
+}
+
+// Of each set, for the channels in it.
+Tensor per_channel(const Tensor& t, int64_t channels) {
+  const int64_t n = t.size(0), groups = t.size(1);
+  return groups == channels ? t : t.unsqueeze(-1).expand({n, groups, channels / groups}).reshape({n, channels});
+}
+
+template <class Op>
+void channel_rows(Frame& frame, RowArgs<Op>& args, const Tensor& mean, const Tensor& var, const OptTensor& w, const OptTensor& b,
+                  const std::function<Tensor(const Tensor&)>& cut) {
+  frame.per_row(args.scalar_in[ChannelRow::kMean], cut(mean), "mean");
+  frame.per_row(args.scalar_in[ChannelRow::kVar], cut(var), "var");
+  if (given(w)) frame.per_row(args.scalar_in[ChannelRow::kW], cut(*w), "weight");
+  if (given(b)) frame.per_row(args.scalar_in[ChannelRow::kB], cut(*b), "bias");
+}
+
+// The sums of each row of `terms` [2, rows, columns], with weights [rows, columns], into [2, *] with as many elements as rows.
+void totals(const char* op, const Tensor& terms, const Tensor& sums, const OptTensor& weights = {}) {
+  using T = ChannelTotals;
+  const Tensor first = terms[0];
+  Frame frame(op, first, "input", 1, 2);
+  RowArgs<T> args{{{}, given(weights)}};
+  for (int i : {T::kDz, T::kDzH}) {
+    frame.in(args.in[i], terms[i], "sums");
+    frame.per_row(args.scalar_out[i], sums[i].view(-1), "sums");
+  }
+  frame.in(args.in[T::kW], given(weights) ? *weights : first, "weight");
+  run(frame, args);
+}
+
+// Calls f(first sample, samples). Sets within a sample are done a few at a time on the CPU, whose last cache then still has what
+// the statistics have read when it is read again.
+template <class F>
+void for_samples(const Tensor& x, int64_t groups, const F& f) {
+  constexpr int64_t kNear = 4 << 20;
+  const int64_t n = x.size(0), bytes = n ? x.numel() / n * x.element_size() : 0;
+  const int64_t some = groups && x.is_cpu() ? std::max<int64_t>(1, kNear / std::max<int64_t>(1, bytes)) : std::max<int64_t>(1, n);
+  for (int64_t i = 0; i < n || i == 0; i += some) f(i, std::min(some, n - i));
+}
+OptTensor narrow(const OptTensor& t, int64_t dim, int64_t first, int64_t count) {
+  return given(t) ? OptTensor(t->narrow(dim, first, count)) : t;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
+                                            const OptTensor& w,     // [C]
+                                            const OptTensor& b,     // [C]
+                                            const OptTensor& r,     // [N, C, *]
+                                            const OptTensor& mean,  // [C], if the statistics are given
+                                            const OptTensor& var,   // [C]
+                                            int64_t groups,         // 0: batch norm
+                                            double eps, int64_t activation) {
+  RECORD_FUNCTION("fusegrad::channel_norm_fwd", {});
+  const at::AutoDispatchBelowADInplaceOrView views_without_a_graph;
+  const char* const op = groups ? "group_norm" : "batch_norm";
+  check(op, x, {}, w, b, r, mean, var);
+  Tensor y = empty_as(x), stats;
+  if (!given(mean))
+    stats = groups ? at::empty({2, x.size(0), groups}, wide_options(x)) : at::empty({2, x.size(1)}, wide_options(x));
+  for_samples(x, groups, [&](int64_t first, int64_t count) {
+    using F = ChannelNormFwd;
+    const Tensor some = x.narrow(0, first, count), y_some = y.narrow(0, first, count);
+    const OptTensor r_some = narrow(r, 0, first, count), found = groups ? narrow(stats, 1, first, count) : stats;
+    const Walk walk(op, some, !groups, {r_some, y_some});
+    if (given(found)) statistics(walk, *found);
+    const auto of = [&](int i) {
+      return !given(found) ? i ? *var : *mean : groups ? per_channel((*found)[i], x.size(1)) : (*found)[i];
+    };
+    const Tensor rows = walk.whole(some);
+    Frame frame(op, rows, "input", walk.rows(), rows.dim());
+    RowArgs<F> args{{{}, {eps, {Act(activation), kLeakySlope}, given(r)}}};
+    frame.in(args.in[F::kX], rows, "input");
+    frame.in(args.in[F::kR], given(r) ? walk.whole(*r_some) : rows, "residual");
+    channel_rows(frame, args, of(0), of(1), w, b, [&](const Tensor& t) { return walk.spread(t); });
+    frame.out(args.out[F::kY], walk.whole(y_some));
+    run(frame, args);
+  });
+  return {y, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,    // [N, C, *]
+                                                            const Tensor& x,     // [N, C, *]
+                                                            const OptTensor& w,  // [C]
+                                                            const OptTensor& b,  // [C]
+                                                            const OptTensor& r,  // [N, C, *]
+                                                            const Tensor& mean,  // [N, groups], or [C] without groups
+                                                            const Tensor& var,   // the same
+                                                            int64_t groups, double eps, int64_t activation,
+                                                            bool constant,  // the statistics do not depend on x
+                                                            std::array<bool, 4> needed) {
+  RECORD_FUNCTION("fusegrad::channel_norm_bwd", {});
+  const at::AutoDispatchBelowADInplaceOrView views_without_a_graph;
+  const char* const op = groups ? "group_norm backward" : "batch_norm backward";
+  check(op, x, dy, w, b, r, {}, {});
+  const int64_t n = x.size(0), c = x.size(1), m = x.numel() / std::max<int64_t>(1, groups ? n * groups : c);
+  const ChannelRow channel{eps, {Act(activation), kLeakySlope}, given(r)};
+  const bool through_sets = needed[0] && !constant, summed = needed[1] || needed[2] || through_sets;
+  Tensor dx, dw, db, dr, sums, weights;
+  if (needed[0]) dx = empty_as(x);
+  if (needed[3]) dr = empty_as(x);
+  if (summed) sums = groups ? at::empty({2, n, c}, wide_options(x)) : at::empty({2, c}, wide_options(x));
+  if (groups && given(w)) weights = w->to(sums.scalar_type());
+
+  for_samples(x, groups, [&](int64_t first, int64_t count) {
+    const Tensor some = x.narrow(0, first, count), dy_some = dy.narrow(0, first, count);
+    const OptTensor r_some = narrow(r, 0, first, count), dx_some = narrow(dx, 0, first, count),
+                    dr_some = narrow(dr, 0, first, count);
+    const Walk walk(op, some, !groups, {r_some, dy_some, dx_some, dr_some});
+    const auto of = [&](const Tensor& t) { return groups ? per_channel(t.narrow(0, first, count), c) : t; };
+    const Tensor of_mean = of(mean), of_var = of(var);
+    Tensor g;  // [2, N, C], or [2, C] without groups: what the sets add up to
+    if (summed) {
+      using B = ChannelSums;
+      const Tensor cells = walk.empty_cells(2);
+      walk.for_cells([&](int64_t column, int64_t parts, int64_t size, int64_t cell) {
+        const auto cut = [&](const Tensor& t) { return walk.cells(t, column, parts, size); };
+        const Tensor rows = cut(some);
+        Frame frame(op, rows, "input", rows.dim() - 1, rows.dim());
+        RowArgs<B> args{{{}, channel}};
+        frame.in(args.in[B::kX], rows, "input");
+        frame.in(args.in[B::kDy], cut(dy_some), "gradient");
+        frame.in(args.in[B::kR], given(r) ? cut(*r_some) : rows, "residual");
+        channel_rows(frame, args, of_mean, of_var, w, b, [&](const Tensor& t) {
+          at::DimVector sizes(rows.sizes().begin(), rows.sizes().end() - 1);
+          return walk.spread(t).unsqueeze(0).expand(sizes);
+        });
+        for (int i : {B::kDz, B::kDzH}) frame.per_row(args.scalar_out[i], walk.cell_values(cells, i, cell, parts), "cell");
+        run(frame, args);
+      });
+      const int64_t channels = groups ? count * c : c;
+      g = groups ? sums.narrow(1, first, count) : sums;
+      totals(op, cells.view({2, channels, channels ? cells.numel() / (2 * channels) : 0}), g);
+      if (groups && through_sets) {
+        const Tensor sets = at::empty({2, count * groups}, sums.options());
+        const Tensor terms = g.reshape({2, count * groups, c / groups});
+        totals(op, terms, sets, given(weights) ? OptTensor(weights.repeat({count}).view(terms.sizes().slice(1))) : OptTensor());
+        g = per_channel(sets.view({2 * count, groups}), c).view({2, count, c});
+      }
+    }
+    if (!needed[0] && !needed[3]) return;
+    using B = ChannelNormBwd;
+    const Tensor rows = walk.whole(some);
+    Frame frame(op, rows, "input", walk.rows(), rows.dim());
+    RowArgs<B> args{{{}, channel, double(m), groups > 0}};
+    const auto cut = [&](const Tensor& t) { return walk.spread(t); };
+    frame.in(args.in[B::kX], rows, "input");
+    frame.in(args.in[B::kDy], walk.whole(dy_some), "gradient");
+    frame.in(args.in[B::kR], given(r) ? walk.whole(*r_some) : rows, "residual");
+    channel_rows(frame, args, of_mean, of_var, w, b, cut);
+    if (through_sets) {
+      frame.per_row(args.scalar_in[B::kG], cut(g[0]), "sums");
+      frame.per_row(args.scalar_in[B::kGH], cut(g[1]), "sums");
+    }
+    if (needed[0]) frame.out(args.out[B::kDx], walk.whole(*dx_some));
+    if (needed[3]) frame.out(args.out[B::kDr], walk.whole(*dr_some));
+    run(frame, args);
+  });
+  Tensor of_params = sums;
+  if (groups && (needed[1] || needed[2])) totals(op, sums.transpose(1, 2), of_params = at::empty({2, c}, sums.options()));
+  if (needed[1]) dw = of_params[1].to(given(w) ? w->scalar_type() : x.scalar_type(), false, true);
+  if (needed[2])
+    db = of_params[0].to(given(b) ? b->scalar_type() : x.scalar_type(), false, true);  // a copy: results share no memory
+  return {dx, dw, db, dr};
+}
+
+}  // namespace fusegrad

@@ -1,0 +1,9 @@
+#include "../core/across_cuda.cuh"
+#include "channel_norm.h"
+
+FUSEGRAD_ANY_ROWS(ChannelMoments)
+FUSEGRAD_ROWS(ChannelStatistics)
+FUSEGRAD_ANY_ROWS(ChannelNormFwd)
+FUSEGRAD_ANY_ROWS(ChannelSums)
+FUSEGRAD_ROWS(ChannelTotals)
+FUSEGRAD_ANY_ROWS(ChannelNormBwd)
