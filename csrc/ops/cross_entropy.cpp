@@ -32,6 +32,20 @@ OptTensor weight_sum(const Frame& frame, const OptTensor& w, double smoothing) {
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> loss_total(const char* op, const Tensor& loss, const Tensor& weight, const OptTensor& num_items,
+                                      double items, bool mean, bool empty_is_zero) {
+  Frame frame(op, loss, "loss", 0, loss.dim());
+  RowArgs<LossTotal> args{{{}, items, mean, empty_is_zero}};
+  Tensor total = frame.empty_per_row(), divisor = frame.empty_per_row();
+  frame.in(args.in[LossTotal::kLoss], loss, "loss");
+  frame.in(args.in[LossTotal::kWeight], weight, "weights");
+  if (given(num_items)) frame.per_row(args.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
+  frame.per_row(args.scalar_out[LossTotal::kTotal], total, "loss");
+  frame.per_row(args.scalar_out[LossTotal::kDivisor], divisor, "divisor");
+  run(frame, args);
+  return {total, divisor};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
     const Tensor& x,             // [N, C, *] or [C]
     const Tensor& target,        // [N, *] or []
@@ -61,18 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   if (reduce) frame.per_row(args.scalar_out[F::kWeight], weight = frame.empty_per_row(), "weights");
   if (return_lse) frame.per_row(args.scalar_out[F::kLse], lse = frame.empty_per_row(), "lse");
   run(frame, args);
-  if (reduce) {
-    Frame items_frame("cross_entropy", loss, "loss", 0, loss.dim());
-    RowArgs<LossTotal> total{{{}, items, mean, empty_is_zero}};
-    items_frame.in(total.in[LossTotal::kLoss], loss, "loss");
-    items_frame.in(total.in[LossTotal::kWeight], weight, "weights");
-    if (given(num_items)) items_frame.per_row(total.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
-    Tensor result = items_frame.empty_per_row();
-    items_frame.per_row(total.scalar_out[LossTotal::kTotal], result, "loss");
-    items_frame.per_row(total.scalar_out[LossTotal::kDivisor], divisor = items_frame.empty_per_row(), "divisor");
-    run(items_frame, total);
-    loss = result;
-  }
+  if (reduce) std::tie(loss, divisor) = loss_total("cross_entropy", loss, weight, num_items, items, mean, empty_is_zero);
   return {loss.to(out_type), given(lse) ? lse.to(out_type) : lse, top, log_sum, divisor};
 }
 

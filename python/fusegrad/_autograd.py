@@ -58,21 +58,35 @@ def _first(n, results):
     return results if n is None else results[0] if n == 1 else results[:n]
 
 
-def differentiable(inputs: Callable) -> Callable:
+def differentiable(inputs: Callable | None = None, *, formula: Callable | None = None) -> Callable:
     """Makes a `backward` of a kernel call: `inputs(ctx)` gives the tensor arguments of the forward, recomputed by torch from what
-    was saved where they were not saved themselves; `ctx.options` its other arguments."""
+    was saved where they were not saved themselves; `ctx.options` its other arguments.
+
+    An op that saves its output and not its inputs gives a `formula` instead: `formula(ctx, saved, *grads)` are the gradients of the
+    inputs as torch code of the saved tensors. A saved output hangs on the inputs by this very Function: it is exact at every order."""
 
     def decorate(kernel: Callable) -> Callable:
         def backward(ctx, *grads):
             if not torch.compiler.is_compiling() and (
                 torch.is_grad_enabled() or _forward_mode_open() or any(g is not None and _is_legacy_batched(g) for g in grads)
             ):
-                return reference_vjp(ctx, inputs(ctx), grads)
+                return reference_vjp(ctx, inputs(ctx), grads) if formula is None else by_formula(ctx, formula, grads)
             return kernel(ctx, *grads)
 
         return staticmethod(backward)
 
     return decorate
+
+
+def by_formula(ctx, formula: Callable, grads: Sequence[torch.Tensor | None]) -> tuple:
+    _op.count(ctx._forward_cls.op, "the backward is differentiated")
+    saved = ctx.saved_tensors  # once: checkpointing counts
+    with _without_autocast(saved[0].device.type):
+        return formula(ctx, saved, *grads)
+
+
+def _without_autocast(device: str):
+    return torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False)
 
 
 def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> tuple:
@@ -81,8 +95,7 @@ def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[to
     _op.count(fn.op, "the backward is differentiated")
     create_graph = torch.is_grad_enabled()
     needed = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    device = inputs[0].device.type
-    with torch.enable_grad(), torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
+    with torch.enable_grad(), _without_autocast(inputs[0].device.type):
         # A view of each: the same tensor may be given twice, and each place has its own gradient.
         inputs = [t.view_as(t) if i in needed else t for i, t in enumerate(inputs)]
         outputs = fn.reference(*inputs, *ctx.options)

@@ -34,6 +34,8 @@ class Op:
     torch: Callable | None = None  # torch's function of the same arguments, where it has one
     permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
     rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
+    units: float = 4  # eps of the accumulate type, relative to the largest value, that a result may be off beside the reference's error
+    saves_output: bool = False  # the backward starts from the output as it was stored, and gradients are checked from there
     constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
@@ -147,6 +149,12 @@ def check_tensor(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
     if value.is_nested:  # has no shape that the checks after this one could look at
         raise RuntimeError(f"{op}: {name} must be a dense tensor, got a nested tensor")
+
+
+def warn(text: str, stacklevel: int = 3) -> None:
+    """A warning at the caller's caller, or so many frames up from here; torch.compile cannot trace one."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(text, stacklevel=stacklevel)
 
 
 def fall_back(op: str, reason: str, device: torch.device) -> None:
