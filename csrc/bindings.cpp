@@ -71,7 +71,16 @@
   _(vocab_parallel_cross_entropy_bwd,                                                                                              \
     "(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor top, Tensor log_sum,"                                           \
     " Tensor? divisor, int first, int classes, int ignore_index, float smoothing, float z_loss, float softcap, float scale)"       \
-    " -> Tensor")
+    " -> Tensor")                                                                                                                  \
+  _(softmax_fwd,                                                                                                                   \
+    "(Tensor x, Tensor? mask, int dim, float scale, bool causal, int kind, bool statistics) -> (Tensor, Tensor, Tensor)")          \
+  _(softmax_bwd, "(Tensor dy, Tensor saved, Tensor? top, Tensor? log_sum, int dim, float scale, int kind) -> Tensor")              \
+  _(losses_fwd,                                                                                                                    \
+    "(Tensor x, Tensor target, Tensor? w, Tensor? pos, int kind, float a, float b, bool log_target, int reduction, bool wide)"     \
+    " -> (Tensor, Tensor)")                                                                                                        \
+  _(losses_bwd,                                                                                                                    \
+    "(Tensor dloss, Tensor x, Tensor target, Tensor? w, Tensor? pos, Tensor? divisor, int kind, float a, float b,"                 \
+    " bool log_target, int reduction, bool[2] needed) -> (Tensor, Tensor)")
 
 // The library of torch.ops; the emulated build (tests/emulator) has its own. In two steps, so that the name is expanded.
 #ifndef FUSEGRAD_LIBRARY

@@ -88,10 +88,14 @@ def run(op, sample, cotangent=None, which=None):
     return result | {f"gradient of {k}": g for k, g in zip(leaves, grads)}
 
 
-def reference(op, sample, dtype, cotangent, which=None):
-    """The same by the op's reference in another dtype."""
+def reference(op, sample, dtype, cotangent, which=None, stored=None):
+    """The same by the op's reference in another dtype; its backward starts from the output `stored` if that is given."""
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors(sample).items()}
-    with fusegrad.use_reference():
+
+    def pack(t):
+        return t if stored is None or not t.is_floating_point() or t.shape != stored.shape else stored.to(t.dtype)
+
+    with fusegrad.use_reference(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         return run(op, Sample(sample.name, sample.kwargs | cast), tuple(g.to(dtype) for g in cotangent), which)
 
 
@@ -116,7 +120,7 @@ def permuted(op, sample, cotangent, seed):
     for k, d in dims.items():
         if kwargs.get(k) is None:
             continue
-        if kwargs[k].is_floating_point():
+        if kwargs[k].is_floating_point() or kwargs[k].dtype == torch.bool:
             kwargs[k] = kwargs[k].index_select(d, order)
         else:  # labels: the numbers move with the classes
             known = (kwargs[k] >= 0) & (kwargs[k] < len(order)) & (kwargs[k] != kwargs.get("ignore_index", -100))
@@ -144,27 +148,29 @@ def ulp(x, dtype):
     return torch.ldexp(torch.full_like(x, info.eps), exponent)
 
 
-def budget(op, sample, cotangent, which=None):
+def budget(op, sample, cotangent, which=None, stored=None):
     """For each result: the float64 reference, and the error that a correct kernel may have (elementwise):
 
-    h + 3 E + 4 eps(A) max|r64|, where E is the largest error of the reference in the accumulate type A on the inputs as given and
-    with the reduced dimension in other orders, and h half an ulp (and 1% of it) of a result stored in 16 bits. With a matrix product
-    in 16 bits, whose result is rounded before it is used, E is also that of the reference with all steps in 16 bits."""
+    h + 3 E + 4 eps(A) max|r64| (the 4 is `units` in the row), where E is the largest error of the reference in the accumulate type A
+    on the inputs as given and with the reduced dimension in other orders, and h half an ulp (and 1% of it) of a result stored in 16
+    bits. With a matrix product in 16 bits, whose result is rounded before it is used, E is also that of the reference with all steps
+    in 16 bits."""
     if op.stored is not None:
         with fusegrad.use_reference(), torch.no_grad():
             sample = Sample(sample.name, sample.kwargs | op.stored(sample.kwargs, call(op, sample)))
     rows = next(v for v in tensors(sample).values() if v.is_floating_point())
     accumulate = F64 if rows.dtype == F64 else F32
-    r64 = reference(op, sample, F64, cotangent, which)
+    extra = () if stored is None else (stored,)
+    r64 = reference(op, sample, F64, cotangent, which, *extra)
     errors = {k: torch.zeros((), dtype=F64, device=v.device) for k, v in r64.items()}
     one_row = rows.dim() == 0 or rows.numel() == rows.shape[-1]
     orders = 1 if rows.numel() > 2_000_000 else 16 if one_row else 4  # among so many elements one order shows the worst case
     for seed in range(1 + orders):
         if seed == 0:
-            found = reference(op, sample, accumulate, cotangent, which)
+            found = reference(op, sample, accumulate, cotangent, which, *extra)
         else:
-            other, moved, restore = permuted(op, sample, cotangent, seed)
-            found = restore(reference(op, other, accumulate, moved, which))
+            other, moved, restore = permuted(op, sample, (*cotangent, *extra), seed)
+            found = restore(reference(op, other, accumulate, moved[: len(cotangent)], which, *moved[len(cotangent) :]))
         for k, v in found.items():
             difference = (v.to(F64) - r64[k]).abs()
             difference = difference[difference.isfinite()]
@@ -178,13 +184,13 @@ def budget(op, sample, cotangent, which=None):
     for k, r in r64.items():
         finite = r[r.isfinite()].abs()
         largest = finite.max() if finite.numel() else torch.zeros((), dtype=F64)
-        allowed[k] = (3 * errors[k] + 4 * torch.finfo(accumulate).eps * largest).expand(r.shape)
+        allowed[k] = (3 * errors[k] + op.units * torch.finfo(accumulate).eps * largest).expand(r.shape)
     return r64, allowed
 
 
 def check(op, sample, results, cotangent, which=None):
     """Asserts that results of `run` are within the budget; the worst one is named."""
-    r64, allowed = budget(op, sample, cotangent, which)
+    r64, allowed = budget(op, sample, cotangent, which, results["output 0"] if op.saves_output else None)
     assert results.keys() == r64.keys()
     for k, value in results.items():
         r, limit, value64 = r64[k], allowed[k], value.to(F64)

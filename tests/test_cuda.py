@@ -40,8 +40,9 @@ def test_more_than_2_to_31_elements(op, shape):
     options = {"reduction": "none"} if "target" in kwargs else {}
     huge = kwargs[main][:1].repeat(rows, 1)
     huge[-1] = kwargs[main][-1]
-    labels = {k: torch.cat((v[:1].expand(rows - 1), v[1:])) for k, v in kwargs.items() if k == "target"}
-    few, many = Sample("few", kwargs | options), Sample("many", kwargs | options | labels | {main: huge})
+    others = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim() and v.shape[0] == 2}
+    others = {k: torch.cat((v[:1].expand(rows - 1, *v.shape[1:]), v[1:])) for k, v in others.items()}
+    few, many = Sample("few", kwargs | options), Sample("many", kwargs | options | others | {main: huge})
     found, alone = (run(op, s, tuple(torch.ones_like(y) for y in call(op, s)), which=[main]) for s in (many, few))
     for k, v in found.items():
         assert v.isfinite().all(), k

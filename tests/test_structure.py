@@ -58,8 +58,9 @@ def test_one_name_everywhere(op):
     assert getattr(fusegrad.functional, op.name) is op.functional
     assert module.__name__ == op.fn.__module__ == f"fusegrad.ops.{op.family}"
     if op.module is not None:
+        torchs = issubclass(op.module, getattr(torch.nn, op.module.__name__, ()))  # which is not always called after the function
         assert getattr(fusegrad.nn, op.module.__name__) is op.module
-        assert op.module.__name__.startswith(name) or f"`{op.name}`" in op.module.__doc__
+        assert torchs or op.module.__name__.startswith(name) or f"`{op.name}`" in op.module.__doc__
     for family in kernel_families(op):
         header = (CSRC / "ops" / f"{functors(family)}.h").read_text()
         assert re.search(r"struct \w+Fwd", header) and re.search(r"struct \w+Bwd", header)

@@ -16,6 +16,7 @@ class MapCpu {
   static constexpr int kChunk = kStep<A>;
   static constexpr int64_t kBlock = 4096;  // elements that one turn of the loop over threads takes
   static constexpr int64_t kGrain = 8;     // such turns
+  static constexpr int64_t kNear = 512;    // elements that are gathered at a time
 
  public:
   explicit MapCpu(const MapArgs<Op>& args)
@@ -23,7 +24,13 @@ class MapCpu {
         op(args.op),
         past(beyond_caches(args.extent.rows * args.extent.cols * int64_t(sizeof(T)) * (Op::in + Op::out))) {}
 
+  static_assert(!(Op::numbered && Op::sums > 0));
+  static int64_t slices(const MapArgs<Op>& args) { return (args.extent.rows * args.extent.cols + kBlock - 1) / kBlock; }
+
   void run() const {
+    if constexpr (Op::sums > 0) {
+      if (args.partial) return run_sums();
+    }
     const int64_t cols = args.extent.cols, rows = args.extent.rows;
     const int64_t per_row = (cols + kBlock - 1) / kBlock;
     const int64_t block = per_row > 1 ? kBlock : cols;
@@ -47,50 +54,63 @@ class MapCpu {
 
   void piece(int64_t r, int64_t first, int64_t n) const {
     const T* x[at_least_one(Op::in)];
+    Mixed m[at_least_one(Op::mixed)];
     T* y[at_least_one(Op::out)];
     bool dense = true;
     for (int i = 0; i < Op::in; ++i) {
       x[i] = static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r) + first * args.in[i].col;
       dense &= args.in[i].col == 1;
     }
+    for (int i = 0; i < Op::mixed; ++i) {
+      m[i] = Mixed(args.mixed[i], args.extent.offset(args.mixed[i], r) + first * args.mixed[i].col);
+      dense &= args.mixed[i].col == 1 || args.mixed[i].col == 0;
+    }
     for (int i = 0; i < Op::out; ++i)
       y[i] = args.out[i].data ? static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r) + first : nullptr;
     const int64_t number = Op::numbered ? args.extent.offset(args.number, r) + first * args.number.col : 0;
-    dense ? chunks(x, y, n, number) : gathered(x, y, n, number);
+    dense ? chunks(x, m, y, n, number) : gathered(x, m, y, n, number);
   }
 
   // Inputs whose elements are apart are gathered a few at a time.
-  void gathered(const T* const* x, T* const* y, int64_t n, int64_t number) const {
-    constexpr int64_t kNear = 512;
+  void gathered(const T* const* x, const Mixed* m, T* const* y, int64_t n, int64_t number) const {
     T near[at_least_one(Op::in)][kNear];
+    alignas(8) char near_mixed[at_least_one(Op::mixed)][Op::mixed > 0 ? kNear * 8 : 1];
     for (int64_t c = 0; c < n; c += kNear) {
-      const int64_t m = std::min(kNear, n - c);
+      const int64_t count = std::min(kNear, n - c);
       const T* from[at_least_one(Op::in)];
+      Mixed mixed[at_least_one(Op::mixed)];
       T* to[at_least_one(Op::out)];
       for (int i = 0; i < Op::in; ++i) {
         const int64_t step = args.in[i].col;
         from[i] = step == 1 ? x[i] + c : near[i];
         if (step != 1)
-          for (int64_t k = 0; k < m; ++k) near[i][k] = x[i][(c + k) * step];
+          for (int64_t k = 0; k < count; ++k) near[i][k] = x[i][(c + k) * step];
+      }
+      for (int i = 0; i < Op::mixed; ++i) {
+        const int64_t step = args.mixed[i].col;
+        mixed[i] = m[i];
+        if (!m[i].data || step == 0) continue;
+        mixed[i].data = step == 1 ? m[i].data + c * m[i].step : near_mixed[i];
+        if (step != 1) gather(near_mixed[i], m[i].data + c * step * m[i].step, count, step, m[i].step);
       }
       for (int i = 0; i < Op::out; ++i) to[i] = y[i] ? y[i] + c : nullptr;
-      chunks(from, to, m, number + c * args.number.col);
+      chunks(from, mixed, to, count, number + c * args.number.col);
     }
   }
 
-  void chunks(const T* const* x, T* const* y, int64_t n, int64_t number) const {
-    past&& on_lines<Op::out>(y) ? chunks<true>(x, y, n, number) : chunks<false>(x, y, n, number);
+  void chunks(const T* const* x, const Mixed* m, T* const* y, int64_t n, int64_t number) const {
+    past&& on_lines<Op::out>(y) ? chunks<true>(x, m, y, n, number) : chunks<false>(x, m, y, n, number);
   }
 
   template <bool past>
-  void chunks(const T* const* x, T* const* y, int64_t n, int64_t number) const {
+  void chunks(const T* const* x, const Mixed* m, T* const* y, int64_t n, int64_t number) const {
     int64_t c = 0;
-    for (; c + kChunk <= n; c += kChunk) chunk<false, past>(x, y, c, kChunk, number);
-    if (c < n) chunk<true, false>(x, y, c, n - c, number);
+    for (; c + kChunk <= n; c += kChunk) chunk<false, past>(x, m, y, c, kChunk, number);
+    if (c < n) chunk<true, false>(x, m, y, c, n - c, number);
   }
 
-  template <bool tail, bool past>
-  FUSEGRAD_FN void chunk(const T* const* x, T* const* y, int64_t c, int64_t n, int64_t number) const {
+  template <bool tail>
+  FUSEGRAD_FN void map(const T* const* x, const Mixed* m, int64_t c, int64_t n, int64_t number, Out<Op, A> (&out)[2]) const {
     In<Op, A> in[2];
     for (int i = 0; i < 2; ++i) in[i].number = number + (c + i * Lanes<A>::count) * args.number.col, in[i].apart = args.number.col;
 #pragma GCC unroll 8
@@ -99,15 +119,84 @@ class MapCpu {
       tail ? load(x[i] + c, v, n) : load(x[i] + c, v);
       in[0].x[i] = v[0], in[1].x[i] = v[1];
     }
-    Out<Op, A> out[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Op::mixed; ++i) {
+      A v[2];
+      load(m[i], Op::absent, c, v, tail ? n : kChunk);
+      in[0].m[i] = v[0], in[1].m[i] = v[1];
+    }
     op.map(in[0], out[0]);
     op.map(in[1], out[1]);
+  }
+
+  template <bool tail, bool past>
+  FUSEGRAD_FN void chunk(const T* const* x, const Mixed* m, T* const* y, int64_t c, int64_t n, int64_t number) const {
+    Out<Op, A> out[2];
+    map<tail>(x, m, c, n, number, out);
 #pragma GCC unroll 8
     for (int i = 0; i < Op::out; ++i)
       if (y[i]) {
         const A v[2] = {out[0].y[i], out[1].y[i]};
         tail ? store(y[i] + c, v, n) : store<past>(y[i] + c, v);
       }
+  }
+
+  // The elements in the order of their numbers, whatever lies where: a layout, or a number of threads, changes no bit of a sum.
+  void run_sums() const {
+    at::parallel_for(0, args.slices, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) slice(s);
+    });
+  }
+
+  void slice(int64_t s) const {
+    constexpr int W = Lanes<A>::count;
+    const int64_t first = s * kBlock, n = std::min(kBlock, args.extent.rows * args.extent.cols - first);
+    alignas(8) char near[Op::in + Op::mixed][kBlock * 8];
+    const T* x[at_least_one(Op::in)];
+    Mixed m[at_least_one(Op::mixed)];
+    for (int i = 0; i < Op::in; ++i) x[i] = reinterpret_cast<const T*>(numbered(args.in[i], sizeof(T), first, n, near[i]));
+    for (int i = 0; i < Op::mixed; ++i) {
+      m[i] = Mixed(args.mixed[i]);
+      if (!m[i].data || (m[i].step == 0 && args.extent.rows == 1)) continue;
+      m[i].step = size_of(m[i].type);
+      m[i].data = numbered(args.mixed[i], m[i].step, first, n, near[Op::in + i]);
+    }
+    A sum[at_least_one(Op::sums)][2];
+    for (int i = 0; i < Op::sums; ++i) sum[i][0] = sum[i][1] = A(Acc<T>(0));
+    Out<Op, A> out[2];
+    int64_t c = 0;
+    for (; c + kChunk <= n; c += kChunk) {
+      map<false>(x, m, c, kChunk, 0, out);
+      for (int i = 0; i < Op::sums; ++i) sum[i][0] = sum[i][0] + out[0].sum[i], sum[i][1] = sum[i][1] + out[1].sum[i];
+    }
+    if (c < n) {
+      map<true>(x, m, c, n - c, 0, out);
+      for (int i = 0; i < Op::sums; ++i) {
+        sum[i][0] = select(Lanes<A>::first(n - c), sum[i][0] + out[0].sum[i], sum[i][0]);
+        sum[i][1] = select(Lanes<A>::first(n - c - W), sum[i][1] + out[1].sum[i], sum[i][1]);
+      }
+    }
+    for (int i = 0; i < Op::sums; ++i)
+      static_cast<Acc<T>*>(args.partial)[i * args.slices + s] = sum_of_lanes(sum[i][0] + sum[i][1]);
+  }
+
+  // Elements [first, first + n): where they lie if that is one after the other, else brought together.
+  const char* numbered(const View& v, int size, int64_t first, int64_t n, char* near) const {
+    const int64_t cols = args.extent.cols;
+    const auto at = [&](int64_t r, int64_t c) {
+      return static_cast<const char*>(v.data) + (args.extent.offset(v, r) + c * v.col) * size;
+    };
+    int64_t r = first / cols, c = first - r * cols, expected = cols;
+    bool dense = v.col == 1;
+    if (c + n > cols)
+      for (int d = args.extent.dims - 1; d >= 0; expected *= args.extent.size[d--]) dense &= v.stride[d] == expected;
+    if (dense) return at(r, c);
+    for (int64_t done = 0; done < n; ++r, c = 0) {
+      const int64_t count = std::min(cols - c, n - done);
+      gather(near + done * size, at(r, c), count, v.col, size);
+      done += count;
+    }
+    return near;
   }
 };
 
@@ -116,6 +205,7 @@ struct MapOnCpu {
   static void launch(const MapArgs<Op>& args, void*) {
     for_types<false>(args.rows, args.rows, [&](auto t, auto) { MapCpu<Op, decltype(t)>(args).run(); });
   }
+  static int64_t slices(const MapArgs<Op>& args) { return MapCpu<Op, float>::slices(args); }
 };
 
 }  // namespace
@@ -124,5 +214,5 @@ struct MapOnCpu {
 #define FUSEGRAD_MAP(Op)                                                                                                           \
   namespace fusegrad {                                                                                                             \
   template <>                                                                                                                      \
-  const Kernel<MapArgs<Op>> Kernels<MapArgs<Op>, FUSEGRAD_VARIANT>::entry = {MapOnCpu<Op>::launch, nullptr};                       \
+  const Kernel<MapArgs<Op>> Kernels<MapArgs<Op>, FUSEGRAD_VARIANT>::entry = {MapOnCpu<Op>::launch, MapOnCpu<Op>::slices};          \
   }

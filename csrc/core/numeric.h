@@ -30,12 +30,14 @@ constexpr bool is_scalar = std::is_same_v<S, float> || std::is_same_v<S, double>
 template <class S>
 using if_scalar = std::enable_if_t<is_scalar<S>, S>;
 
-// The lanes of an A: a scalar has one. lane<A>(d) is the mask that is true in lane number d (in none if there is no such lane).
+// The lanes of an A: a scalar has one. at(d), or lane<A>(d), is the mask that is true in lane number d (in none if there is no such
+// lane), first(n) the one that is true in the first n.
 template <class A>
 struct Lanes {
   using Scalar = A;
   static constexpr int count = 1;
   FUSEGRAD_FN static bool at(int64_t d) { return d == 0; }
+  FUSEGRAD_FN static bool first(int64_t n) { return n > 0; }
 };
 template <class A>
 using Scalar = typename Lanes<A>::Scalar;
@@ -60,6 +62,8 @@ FUSEGRAD_FN float sqrt(float a) { return ::sqrtf(a); }
 FUSEGRAD_FN double sqrt(double a) { return ::sqrt(a); }
 FUSEGRAD_FN float absolute(float a) { return ::fabsf(a); }
 FUSEGRAD_FN double absolute(double a) { return ::fabs(a); }
+FUSEGRAD_FN float pow(float a, float b) { return ::powf(a, b); }
+FUSEGRAD_FN double pow(double a, double b) { return ::pow(a, b); }
 // 1 / sqrt and not the approximate instruction: half an ulp matters to the gradient of a float32 norm.
 FUSEGRAD_FN float rsqrt(float a) { return 1.0f / ::sqrtf(a); }
 FUSEGRAD_FN double rsqrt(double a) { return 1.0 / ::sqrt(a); }
@@ -111,7 +115,6 @@ struct Lanes<at::vec::Vectorized<S>> {
     // Relative to the first lane, so that it is exact for any column number.
     return at::vec::Vectorized<S>::arange(S(0), S(1)) == at::vec::Vectorized<S>(S(d));
   }
-  // The mask that is true in the first n lanes.
   FUSEGRAD_FN static at::vec::Vectorized<S> first(int64_t n) {
     return at::vec::Vectorized<S>::arange(S(0), S(1)) < at::vec::Vectorized<S>(S(n));
   }
@@ -181,6 +184,10 @@ FUSEGRAD_FN Vec<S> log1p(Vec<S> a) {
 template <class S>
 FUSEGRAD_FN Vec<S> log(Vec<S> a) {
   return a.log();
+}
+template <class S>
+FUSEGRAD_FN Vec<S> pow(Vec<S> a, Vec<S> b) {
+  return a.pow(b);
 }
 template <class S>
 FUSEGRAD_FN Vec<S> absolute(Vec<S> a) {

@@ -14,6 +14,10 @@ namespace {
 template <int bytes>
 struct BitsOf;
 template <>
+struct BitsOf<1> {
+  using Type = unsigned char;
+};
+template <>
 struct BitsOf<2> {
   using Type = unsigned short;
 };
@@ -63,6 +67,38 @@ __device__ __forceinline__ void store(T* p, const T (&v)[n]) {
   }
 }
 
+// n elements of a mixed input from number c on, which may be one for all.
+template <int n, class T, class S>
+__device__ __forceinline__ void load_as(const void* p, int64_t c, bool one, S (&v)[n]) {
+  T stored[n];
+  if (one) {
+    const T same = *static_cast<const T*>(p);
+#pragma unroll
+    for (int e = 0; e < n; ++e) stored[e] = same;
+  } else {
+    load<n>(static_cast<const T*>(p) + c, stored);
+  }
+#pragma unroll
+  for (int e = 0; e < n; ++e) v[e] = S(stored[e]);
+}
+template <int n, class S>
+__device__ __forceinline__ void load_mixed(const View& view, int64_t row, int64_t c, double absent, S (&v)[n]) {
+  if (!view.data) {
+#pragma unroll
+    for (int e = 0; e < n; ++e) v[e] = S(absent);
+    return;
+  }
+  const void* const p = static_cast<const char*>(view.data) + row * size_of(view.type);
+  const bool one = view.col == 0;
+  switch (view.type) {
+    case DType::f64: return load_as<n, double>(p, c, one, v);
+    case DType::f32: return load_as<n, float>(p, c, one, v);
+    case DType::f16: return load_as<n, Half>(p, c, one, v);
+    case DType::bf16: return load_as<n, BFloat16>(p, c, one, v);
+    case DType::boolean: return load_as<n, bool>(p, c, one, v);
+  }
+}
+
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
@@ -73,6 +109,14 @@ inline bool in_packs(const View& v, const Extent& extent, int n) {
   if (!v.data) return true;
   bool yes = v.col == 1 && aligned(v.data);
   for (int d = 0; d < extent.dims; ++d) yes &= extent.size[d] == 1 || v.stride[d] % n == 0;
+  return yes;
+}
+
+inline bool mixed_in_packs(const View& v, const Extent& extent, int n) {
+  if (!v.data) return true;
+  const int bytes = std::min(16, n * size_of(v.type));
+  bool yes = v.col == 0 || (v.col == 1 && reinterpret_cast<uintptr_t>(v.data) % bytes == 0);
+  for (int d = 0; d < extent.dims; ++d) yes &= v.col == 0 || extent.size[d] == 1 || v.stride[d] % n == 0;
   return yes;
 }
 

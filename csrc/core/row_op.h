@@ -12,16 +12,17 @@
 //   finish(row, sum, at)    after a sweep: turn the sum into row values, store per-row outputs
 //   map<T>(row, in, out)    out.y[i]: the outputs of a column;  out.col[i]: its contribution to a sum over all rows
 //
-// A map op derives from MapOp, has inputs and outputs only, and map(in, out) instead of all the above. It may have begin(), which
-// each thread calls on a copy of it before the first element; with `numbered`, map() finds the elements' numbers in `in`.
-// T is the stored type of the rows, P that of the parameters, A the accumulate type, S = Scalar<A>.
+// A map op derives from MapOp, has inputs, outputs and sums over all elements, and map(in, out) instead of all the above. It may
+// have begin(), which each thread calls on a copy of it before the first element; with `numbered`, map() finds the elements'
+// numbers in `in`. T is the stored type of the rows, P that of the parameters, A the accumulate type, S = Scalar<A>.
 #pragma once
 
 #include "numeric.h"
 
 namespace fusegrad {
 
-enum class DType : int8_t { f64, f32, f16, bf16 };
+enum class DType : int8_t { f64, f32, f16, bf16, boolean /* of mixed inputs only */ };
+constexpr int size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : type == DType::boolean ? 1 : 2; }
 constexpr int kMaxDims = 8;  // of the rows, after dimensions that can be walked as one have been joined
 
 template <class...>
@@ -30,16 +31,18 @@ struct List {};
 constexpr int at_least_one(int n) { return n > 0 ? n : 1; }  // an array of 0 is not C++
 
 struct MapOp {
-  static constexpr int in = 0;         // row inputs x[i], of type T
-  static constexpr int params = 0;     // one value per column p[i], of type P, shared by all rows
-  static constexpr int out = 0;        // row outputs y[i]
-  static constexpr int col_out = 0;    // sums over the rows, of type P, one value per column
+  static constexpr int in = 0;       // row inputs x[i], of type T
+  static constexpr int params = 0;   // one value per column p[i], of type P, shared by all rows
+  static constexpr int mixed = 0;    // row inputs m[i], each of a type of its own, bool too; elements may be apart, or one for all
+  static constexpr int out = 0;      // row outputs y[i]
+  static constexpr int sums = 0;     // map ops only: sums over all elements sum[i], as S, one for each slice of them
+  static constexpr int col_out = 0;  // sums over the rows, of type P, one value per column
   static constexpr int wide_cols = 0;  // the last so many of them are of type S: they are added up further
   static constexpr int index = 0;      // int64 per row
   static constexpr int scalar_in = 0;  // T or S per row
   static constexpr int scalar_out = 0;
-  static constexpr double absent = 1;  // what a parameter that is not given stands for
-  static constexpr bool numbered = false;
+  static constexpr double absent = 1;      // what a parameter or a mixed input that is not given stands for
+  static constexpr bool numbered = false;  // map ops without sums only
 
   FUSEGRAD_FN void begin() {}
 };
@@ -58,10 +61,12 @@ template <class Op, class A>
 struct In {
   A x[at_least_one(Op::in)];
   A p[at_least_one(Op::params)];
+  A m[at_least_one(Op::mixed)];
   int64_t col;            // number of the first one
   int64_t number, apart;  // numbered map ops: of the first element, in the tensor as its owner indexes it; from one to the next
 
   FUSEGRAD_FN auto is(int64_t c) const { return lane<A>(c - col); }
+  FUSEGRAD_FN auto before(int64_t c) const { return Lanes<A>::first(c - col); }
 };
 // The same of rows that are stored as T.
 template <class Op, class A, class T>
@@ -72,6 +77,7 @@ template <class Op, class A>
 struct Out {
   A y[at_least_one(Op::out)];
   A col[at_least_one(Op::col_out)];
+  A sum[at_least_one(Op::sums)];
 };
 
 // A tensor seen as rows: element (r, c) is at data + offset(r) + c * col.
@@ -79,7 +85,8 @@ struct View {
   void* data = nullptr;  // null: not given, or not asked for
   int64_t stride[kMaxDims] = {};
   int64_t col = 1;
-  bool wide = false;  // per-row values only: stored as Acc<T> and not as T
+  bool wide = false;        // per-row values only: stored as Acc<T> and not as T
+  DType type = DType::f32;  // mixed inputs only
 };
 
 struct Extent {
@@ -104,6 +111,7 @@ struct RowArgs {
   Extent extent;
   DType rows, params;
   View in[at_least_one(Op::in)];
+  View mixed[at_least_one(Op::mixed)];
   View out[at_least_one(Op::out)];
   View index[at_least_one(Op::index)];
   View scalar_in[at_least_one(Op::scalar_in)];
@@ -135,8 +143,11 @@ struct MapArgs {
   Extent extent;
   DType rows;
   View in[at_least_one(Op::in)];
+  View mixed[at_least_one(Op::mixed)];
   View out[at_least_one(Op::out)];
-  View number;  // an offset in it is an element's number
+  View number;              // an offset in it is an element's number
+  void* partial = nullptr;  // [sums, slices] of Acc<T>
+  int64_t slices = 0;
 };
 
 // Single elements of the row at hand, for begin() and finish().
@@ -196,7 +207,8 @@ enum Variant { kDefault, kAvx2, kAvx512, kCuda, kVariants };
 template <class Args>
 struct Kernel {
   void (*launch)(const Args&, void* stream);
-  int64_t (*slices)(const Args&);  // how many parts the rows are cut into for the sums over them; never the number of threads
+  int64_t (*slices)(const Args&);  // how many parts the rows (of a map op: the elements) are cut into for the sums over them;
+                                   // never the number of threads
 };
 template <class Args, Variant variant>
 struct Kernels {

@@ -34,6 +34,8 @@ class RowsCpu {
         cols(args.extent.cols),
         past(Op::out > 0 && beyond_caches(args.extent.rows * cols * int64_t(sizeof(T)) * (Op::in + Op::out))) {
     for (int i = 0; i < Op::in; ++i) gathered += args.in[i].col != 1;
+    for (int i = 0; i < Op::out; ++i) scattered += args.out[i].data && args.out[i].col != 1;
+    for (int i = 0; i < Op::mixed; ++i) apart |= args.mixed[i].data && args.mixed[i].col > 1;
   }
 
   void run() const {
@@ -57,7 +59,14 @@ class RowsCpu {
   const RowArgs<Op>& args;
   const int64_t cols;
   const bool past;
-  int gathered = 0;
+  int gathered = 0, scattered = 0;
+  bool apart = false;  // a mixed input
+
+  // Of a row: where its columns lie next to each other, here or gathered.
+  struct Source {
+    const T* x[at_least_one(Op::in)];
+    Mixed m[at_least_one(Op::mixed)];
+  };
 
   int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)); }
 
@@ -94,21 +103,36 @@ class RowsCpu {
   template <bool sum_columns>
   void rows(int64_t begin, int64_t end, int64_t slice) const {
     std::unique_ptr<T[]> scratch(gathered ? new T[gathered * kBlock * cols] : nullptr);
+    std::unique_ptr<T[]> made(scattered ? new T[scattered * kBlock * cols] : nullptr);
+    std::unique_ptr<uint64_t[]> brought(apart ? new uint64_t[Op::mixed * cols] : nullptr);
     for (int64_t block = begin; block < end; block += kBlock) {
       const int64_t n = std::min(kBlock, end - block);
       if (gathered) gather(scratch.get(), block, n);
       for (int64_t r = block; r < block + n; ++r) {
-        const T* x[at_least_one(Op::in)];
+        Source from;
         for (int i = 0, g = 0; i < Op::in; ++i)
-          x[i] = args.in[i].col == 1 ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r)
-                                     : scratch.get() + (g++ * kBlock + r - block) * cols;
+          from.x[i] = args.in[i].col == 1 ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r)
+                                          : scratch.get() + (g++ * kBlock + r - block) * cols;
+        for (int i = 0; i < Op::mixed; ++i) {
+          Mixed& m = from.m[i] = Mixed(args.mixed[i], args.extent.offset(args.mixed[i], r));
+          if (!m.data || args.mixed[i].col <= 1) continue;
+          char* const to = reinterpret_cast<char*>(brought.get() + i * cols);
+          fusegrad::gather(to, m.data, cols, args.mixed[i].col, m.step);
+          m.data = to;
+        }
         const T* ahead[at_least_one(Op::in)];
         for (int i = 0; i < Op::in; ++i)
           ahead[i] = args.in[i].col == 1 && r + 1 < end && cols <= kAhead
                          ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r + 1)
-                         : x[i];
-        row<sum_columns>(r, x, ahead, slice);
+                         : from.x[i];
+        T* y[at_least_one(Op::out)] = {};
+        for (int i = 0, g = 0; i < Op::out; ++i)
+          if (args.out[i].data)
+            y[i] = args.out[i].col == 1 ? static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r)
+                                        : made.get() + (g++ * kBlock + r - block) * cols;
+        row<sum_columns>(r, from, ahead, y, slice);
       }
+      if (scattered) scatter(made.get(), block, n);
     }
     if (past) end_of_stores_past();
   }
@@ -125,14 +149,23 @@ class RowsCpu {
     }
   }
 
+  void scatter(const T* from, int64_t first, int64_t n) const {
+    for (int i = 0; i < Op::out; ++i) {
+      const View& v = args.out[i];
+      if (!v.data || v.col == 1) continue;
+      T* to[kBlock];
+      for (int64_t r = 0; r < n; ++r) to[r] = static_cast<T*>(v.data) + args.extent.offset(v, first + r);
+      for (int64_t c = 0; c < cols; ++c)
+        for (int64_t r = 0; r < n; ++r) to[r][c * v.col] = from[r * cols + c];
+      from += kBlock * cols;
+    }
+  }
+
   template <bool sum_columns>
-  void row(int64_t r, const T* const* x, const T* const* ahead, int64_t slice) const {
+  void row(int64_t r, const Source& x, const T* const* ahead, T* const* y, int64_t slice) const {
     const At<Op, T, P> at{args, r};
     Row row{};
     args.op.begin(row, at);
-    T* y[at_least_one(Op::out)] = {};
-    for (int i = 0; i < Op::out; ++i)
-      if (args.out[i].data) y[i] = static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r);
     if (args.op.skip(row)) {
       for (int i = 0; i < Op::out; ++i)
         if (y[i]) std::fill_n(y[i], cols, T(0));
@@ -150,7 +183,7 @@ class RowsCpu {
   }
 
   template <bool sum_columns, bool past>
-  void maps(const Row& row, const T* const* x, const T* const* ahead, T* const* y, S* const* col) const {
+  void maps(const Row& row, const Source& x, const T* const* ahead, T* const* y, S* const* col) const {
     int64_t c = 0;
     for (; c + kChunk <= cols; c += kChunk) {
       for (int i = 0; i < Op::in; ++i)
@@ -162,14 +195,14 @@ class RowsCpu {
   }
 
   template <class... V, class... H>
-  void sweeps(List<V...>, List<H...>, Row& row, [[maybe_unused]] const T* const* x, [[maybe_unused]] const At<Op, T, P>& at) const {
+  void sweeps(List<V...>, List<H...>, Row& row, [[maybe_unused]] const Source& x, [[maybe_unused]] const At<Op, T, P>& at) const {
     (args.op.finish(row, sweep<V, H>(row, x), at), ...);
   }
 
   // A long row in parts, so that no sum grows so large beside what is added to it that it always rounds to the same side: the sum
   // of 262,144 squares of bfloat16 was off by 7e-6.
   template <class V, class H>
-  H sweep(const Row& row, const T* const* x) const {
+  H sweep(const Row& row, const Source& x) const {
     constexpr int64_t kPart = 8192;
     V sum = sweep<V>(row, x, 0, std::min(cols, kPart));
     for (int64_t c = kPart; c < cols; c += kPart) sum.merge(sweep<V>(row, x, c, std::min(cols, c + kPart)));
@@ -178,7 +211,7 @@ class RowsCpu {
 
   // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
   template <class V>
-  V sweep(const Row& row, const T* const* x, int64_t c, int64_t end) const {
+  V sweep(const Row& row, const Source& x, int64_t c, int64_t end) const {
     V sum[4];
     for (; c + 2 * kChunk <= end; c += 2 * kChunk) {
       add(sum + 0, row, x, c);
@@ -201,13 +234,18 @@ class RowsCpu {
   }
 
   template <bool tail = false>
-  FUSEGRAD_FN void load_in(InRows<Op, A, T> (&in)[2], const T* const* x, int64_t c) const {
+  FUSEGRAD_FN void load_in(InRows<Op, A, T> (&in)[2], const Source& x, int64_t c) const {
     const int64_t n = tail ? cols - c : kChunk;
     in[0].col = c, in[1].col = c + W;
     for (int i = 0; i < Op::in; ++i) {
       A v[2];
-      load(x[i] + c, v, n);
+      load(x.x[i] + c, v, n);
       in[0].x[i] = v[0], in[1].x[i] = v[1];
+    }
+    for (int i = 0; i < Op::mixed; ++i) {
+      A v[2];
+      load(x.m[i], Op::absent, c, v, n);
+      in[0].m[i] = v[0], in[1].m[i] = v[1];
     }
     for (int i = 0; i < Op::params; ++i) {
       A v[2] = {A(S(Op::absent)), A(S(Op::absent))};
@@ -217,7 +255,7 @@ class RowsCpu {
   }
 
   template <bool tail = false, class V>
-  FUSEGRAD_FN void add(V* sum, const Row& row, const T* const* x, int64_t c) const {
+  FUSEGRAD_FN void add(V* sum, const Row& row, const Source& x, int64_t c) const {
     InRows<Op, A, T> in[2];
     load_in<tail>(in, x, c);
     args.op.add(sum[0], row, in[0]);
@@ -247,7 +285,7 @@ class RowsCpu {
   }
 
   template <bool sum_columns, bool tail, bool past>
-  FUSEGRAD_FN void map(const Row& row, const T* const* x, T* const* y, S* const* col, int64_t c, int64_t n) const {
+  FUSEGRAD_FN void map(const Row& row, const Source& x, T* const* y, S* const* col, int64_t c, int64_t n) const {
     InRows<Op, A, T> in[2];
     load_in<tail>(in, x, c);
     Out<Op, A> out[2];

@@ -30,7 +30,7 @@ class RowsCuda {
   using Row = typename Op::template Row<S>;
   using Here = AtTeam<Op, T, P>;
   static constexpr int kIn = at_least_one(Op::in), kParams = at_least_one(Op::params), kOut = at_least_one(Op::out);
-  static constexpr int kCols = at_least_one(Op::col_out);
+  static constexpr int kCols = at_least_one(Op::col_out), kMixed = at_least_one(Op::mixed);
 
   // Registers that a thread keeps for a pack of each input: the pack, and its columns' sums.
   static constexpr int V = packed ? kPack<T> : 1;
@@ -51,6 +51,7 @@ class RowsCuda {
     bool yes = a.extent.cols % V == 0;
     for (int i = 0; i < Op::in; ++i) yes &= in_packs(a.in[i], a.extent, V);
     for (int i = 0; i < Op::out; ++i) yes &= in_packs(a.out[i], a.extent, V);
+    for (int i = 0; i < Op::mixed; ++i) yes &= mixed_in_packs(a.mixed[i], a.extent, V);
     for (int i = 0; i < Op::params; ++i) yes &= aligned(a.param[i]);
     return yes;
   }
@@ -79,6 +80,7 @@ class RowsCuda {
   bool forward = true;
   int turn = 0;
   const T* x[kIn];
+  int64_t row_of_mixed[kMixed];
   Bits<T, V> kept[kIn][K];
   S sums[kCols][K][V];
 
@@ -116,6 +118,8 @@ class RowsCuda {
     if (live) {
 #pragma unroll
       for (int i = 0; i < Op::in; ++i) x[i] = static_cast<const T*>(a.in[i].data) + a.extent.offset(a.in[i], r);
+#pragma unroll
+      for (int i = 0; i < Op::mixed; ++i) row_of_mixed[i] = a.extent.offset(a.mixed[i], r);
       a.op.begin(row, here);
       skip = a.op.skip(row);
 #pragma unroll
@@ -152,6 +156,7 @@ class RowsCuda {
   struct Columns {
     T x[kIn][V];
     P p[kParams][V];
+    S m[kMixed][V];
   };
   __device__ __forceinline__ void columns(Columns& c, int k) const {
 #pragma unroll
@@ -159,6 +164,9 @@ class RowsCuda {
 #pragma unroll
     for (int i = 0; i < Op::params; ++i)
       if (a.param[i]) load<V>(static_cast<const P*>(a.param[i]) + at * V + k * team * V, c.p[i]);
+#pragma unroll
+    for (int i = 0; i < Op::mixed; ++i)  // read each time: in registers they would be as large as the accumulate type
+      load_mixed<V>(a.mixed[i], row_of_mixed[i], (at + k * team) * (packed ? V : a.mixed[i].col), Op::absent, c.m[i]);
   }
   __device__ __forceinline__ InRows<Op, S, T> column(const Columns& c, int k, int e) const {
     InRows<Op, S, T> in;
@@ -167,6 +175,8 @@ class RowsCuda {
     for (int i = 0; i < Op::in; ++i) in.x[i] = S(c.x[i][e]);
 #pragma unroll
     for (int i = 0; i < Op::params; ++i) in.p[i] = a.param[i] ? S(c.p[i][e]) : S(Op::absent);
+#pragma unroll
+    for (int i = 0; i < Op::mixed; ++i) in.m[i] = c.m[i][e];
     return in;
   }
 
@@ -262,7 +272,7 @@ class RowsCuda {
     }
 #pragma unroll
     for (int i = 0; i < Op::out; ++i)
-      if (y[i]) store<V>(y[i] + at * V + k * team * V, made[i]);
+      if (y[i]) store<V>(y[i] + (at + k * team) * (packed ? V : a.out[i].col), made[i]);
 #pragma unroll
     for (int i = 0; i < Op::col_out; ++i) {
       if (row_tiles == 1) {
@@ -285,7 +295,7 @@ class RowsCuda {
 #pragma unroll
       for (int i = 0; i < Op::out; ++i)
         if (y[i])
-          for (int k = 0; k * team < left; ++k) store<V>(y[i] + (at + k * team) * V, zeros);
+          for (int k = 0; k * team < left; ++k) store<V>(y[i] + (at + k * team) * (packed ? V : a.out[i].col), zeros);
     }
   }
 

@@ -88,6 +88,75 @@ FUSEGRAD_FN void load(const T* p, A (&v)[2], int64_t n) {
   load(static_cast<const T*>(buffer), v);
 }
 
+// Elements of a mixed input: of any type, one after the other or one for all.
+struct Mixed {
+  const char* data;  // null: not given
+  DType type;
+  int step;  // bytes, or 0
+
+  explicit Mixed(const View& v, int64_t offset = 0)
+      : data(v.data ? static_cast<const char*>(v.data) + offset * size_of(v.type) : nullptr),
+        type(v.type),
+        step(v.col == 0 ? 0 : size_of(v.type)) {}
+  Mixed() = default;
+};
+
+template <class T, class A>
+FUSEGRAD_FN void load_as(const Mixed& m, int64_t c, A (&v)[2], int64_t n) {
+  using S = Scalar<A>;
+  const T* const p = reinterpret_cast<const T*>(m.data + c * m.step);
+  if (m.step == 0) {
+    v[0] = v[1] = A(S(*p));
+  } else if constexpr (std::is_same_v<T, S> || (sizeof(T) == 2 && sizeof(S) == 4)) {
+    load(p, v, n);
+  } else {
+    S buffer[kStep<A>] = {};
+    if (n >= kStep<A>) {
+      for (int i = 0; i < kStep<A>; ++i) buffer[i] = S(p[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) buffer[i] = S(p[i]);
+    }
+    load(static_cast<const S*>(buffer), v);
+  }
+}
+template <class A>
+FUSEGRAD_FN void load(const Mixed& m, double absent, int64_t c, A (&v)[2], int64_t n) {
+  if (!m.data) {
+    v[0] = v[1] = A(Scalar<A>(absent));
+    return;
+  }
+  switch (m.type) {
+    case DType::f64: return load_as<double>(m, c, v, n);
+    case DType::f32: return load_as<float>(m, c, v, n);
+    case DType::f16: return load_as<Half>(m, c, v, n);
+    case DType::bf16: return load_as<BFloat16>(m, c, v, n);
+    case DType::boolean: return load_as<bool>(m, c, v, n);
+  }
+}
+
+// n elements of so many bytes that are `step` elements apart.
+inline void gather(char* to, const char* from, int64_t n, int64_t step, int size) {
+  const auto copy = [&](auto word) {
+    using W = decltype(word);
+    for (int64_t i = 0; i < n; ++i) reinterpret_cast<W*>(to)[i] = reinterpret_cast<const W*>(from)[i * step];
+  };
+  switch (size) {
+    case 1: return copy(uint8_t{});
+    case 2: return copy(uint16_t{});
+    case 4: return copy(uint32_t{});
+    default: return copy(uint64_t{});
+  }
+}
+
+// Lane by lane to one, in a fixed order.
+template <class A>
+FUSEGRAD_FN Scalar<A> sum_of_lanes(A v) {
+  for (int half = Lanes<A>::count / 2; half > 0; half /= 2) v = v + lanes_down(v, half);
+  Scalar<A> first;
+  std::memcpy(&first, &v, sizeof(first));
+  return first;
+}
+
 // A store past the caches, to an aligned address: an ordinary one would first read the line that it overwrites.
 template <class T>
 FUSEGRAD_FN void store_past(T* p, const Vec<T>& v) {

@@ -75,6 +75,20 @@ void run(Frame& frame, RowArgs<Op>& args) {
   launch(frame, kernel, args);
 }
 
+// The sums of a map op over all elements, in slices: [sums, slices] of the accumulate type.
+template <class Op>
+Tensor run_sums(Frame& frame, MapArgs<Op>& args) {
+  frame.finish(args.extent);
+  args.rows = frame.type();
+  const c10::OptionalDeviceGuard guard(frame.main().device());
+  const auto& kernel = kernel_for<MapArgs<Op>>(frame.op(), frame.main().device());
+  args.slices = args.extent.rows * args.extent.cols == 0 ? 0 : kernel.slices(args);
+  Tensor partial = at::empty({Op::sums, args.slices}, frame.main().options().dtype(frame.wide()));
+  args.partial = partial.mutable_data_ptr();
+  if (args.slices > 0) launch(frame, kernel, args);
+  return partial;
+}
+
 template <class Op>
 void run(Frame& frame, MapArgs<Op>& args) {
   frame.finish(args.extent);

@@ -109,6 +109,15 @@ void Frame::in(View& view, const Tensor& tensor, const char* name, int part) {
   add(view, tensor, part);
 }
 
+void Frame::mixed(View& view, const OptTensor& tensor, const char* name) {
+  if (!given(tensor)) return;
+  check(*tensor, name);
+  TORCH_CHECK(tensor->sizes() == at::IntArrayRef(sizes_), op_, ": ", name, " must have shape ", at::IntArrayRef(sizes_), ", got ",
+              tensor->sizes());
+  view.type = tensor->scalar_type() == at::kBool ? DType::boolean : dtype(op_, *tensor, name);
+  add(view, *tensor, -1);
+}
+
 void Frame::out(View& view, const Tensor& tensor, int part) { add(view, tensor, part).out = true; }
 
 void Frame::numbers(View& view) {
@@ -177,8 +186,9 @@ bool Frame::try_join(Extent& extent) {
   std::iota(order.begin(), order.end(), 0);
   // A map op may walk in any order: that of its first output's memory. Rows keep the order of their numbers, so that the sums
   // over them are the same bits in any layout.
-  if (flat_) {
-    const at::DimVector& strides = std::find_if(entries_.begin(), entries_.end(), [](const Entry& e) { return e.out; })->strides;
+  const auto first_out = std::find_if(entries_.begin(), entries_.end(), [](const Entry& e) { return e.out; });
+  if (flat_ && first_out != entries_.end()) {
+    const at::DimVector& strides = first_out->strides;
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   }
   int dims = 0;

@@ -26,7 +26,9 @@ class Frame {
 
   // A tensor of the frame's shape and the main tensor's type; with part >= 0, that part of a tensor of the main one's shape.
   void in(View& view, const Tensor& tensor, const char* name, int part = -1);
-  // The same for a tensor that was made by empty_rows() or, in a map op, empty_as().
+  // A tensor of the frame's shape and any type of the kernels', or bool. One that is not given may be passed.
+  void mixed(View& view, const OptTensor& tensor, const char* name);
+  // As in() for a tensor that was made by empty_rows() or, in a map op, empty_as().
   void out(View& view, const Tensor& tensor, int part = -1);
   // No memory: an offset in the view is the number of an element in the order of the main tensor's indices. For map ops.
   void numbers(View& view);
@@ -42,7 +44,7 @@ class Frame {
   Tensor empty_params(const OptTensor& like) const;  // of the type and shape of the parameter, else the main tensor's type
 
   // Joins the dimensions that every view walks as one, and fills in the extent of the call. In a map op the innermost dimension
-  // of the first output becomes the columns.
+  // of the first output becomes the columns, or, without an output, that of the order in which elements are numbered.
   void finish(Extent& extent);
 
   const char* op() const { return op_; }

@@ -78,14 +78,14 @@ void loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, c
   backward(frame, x, target, w, options, saved, grads, dx);
 }
 
-std::pair<Tensor, Tensor> loss_total(const char* op, const LossRows& rows, const OptTensor& num_items, double items, bool mean,
-                                     bool empty_is_zero) {
-  Frame frame(op, rows.loss, "loss", 0, rows.loss.dim());
+std::tuple<Tensor, Tensor> loss_total(const char* op, const Tensor& loss, const Tensor& weight, const OptTensor& num_items,
+                                      double items, bool mean, bool empty_is_zero) {
+  Frame frame(op, loss, "loss", 0, loss.dim());
   RowArgs<LossTotal> args{{{}, items, mean, empty_is_zero}};
-  frame.in(args.in[LossTotal::kLoss], rows.loss, "loss");
-  frame.in(args.in[LossTotal::kWeight], rows.weight, "weights");
-  if (given(num_items)) frame.per_row(args.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
   Tensor total = frame.empty_per_row(), divisor = frame.empty_per_row();
+  frame.in(args.in[LossTotal::kLoss], loss, "loss");
+  frame.in(args.in[LossTotal::kWeight], weight, "weights");
+  if (given(num_items)) frame.per_row(args.scalar_in[LossTotal::kItems], num_items->to(frame.wide()), "num_items");
   frame.per_row(args.scalar_out[LossTotal::kTotal], total, "loss");
   frame.per_row(args.scalar_out[LossTotal::kDivisor], divisor, "divisor");
   run(frame, args);
@@ -112,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   check_labels("cross_entropy", target, frame.cols(), ignore_index);
   forward(frame, x, target, w, {ignore_index, smoothing, z_loss, softcap, scale}, rows);
   Tensor divisor;
-  if (reduce) std::tie(rows.loss, divisor) = loss_total("cross_entropy", rows, num_items, items, mean, empty_is_zero);
+  if (reduce)
+    std::tie(rows.loss, divisor) = loss_total("cross_entropy", rows.loss, rows.weight, num_items, items, mean, empty_is_zero);
   return {rows.loss.to(out_type), return_lse ? rows.lse.to(out_type) : rows.lse, rows.top, rows.log_sum, divisor};
 }
 

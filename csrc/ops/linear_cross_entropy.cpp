@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     head.backward(first, dx, dw, db);
   }
   Tensor total_divisor;
-  if (reduce) std::tie(rows.loss, total_divisor) = loss_total(kOp, rows, divisor, items, mean, empty_is_zero);
+  if (reduce) std::tie(rows.loss, total_divisor) = loss_total(kOp, rows.loss, rows.weight, divisor, items, mean, empty_is_zero);
   const auto out_type = wide ? head.wide().dtype().toScalarType() : x.scalar_type();
   if (grads) rows.top = rows.log_sum = total_divisor = Tensor();  // have done their work
   return {rows.loss.to(out_type), return_lse ? rows.lse.to(out_type) : rows.lse, rows.top, rows.log_sum, total_divisor, dx, dw, db};

@@ -55,6 +55,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tenso
 Tensor cross_entropy_bwd(const OptTensor& dloss, const OptTensor& dlse, const Tensor& x, const Tensor& target, const OptTensor& w,
                          const Tensor& top, const Tensor& log_sum, const OptTensor& divisor, int64_t ignore_index, double smoothing,
                          double z_loss, double softcap, double scale);
+// Of losses and weights [*] to (total, divisor), both [], by a kernel: see LossTotal. For other ops; not registered.
+std::tuple<Tensor, Tensor> loss_total(const char* op, const Tensor& loss, const Tensor& weight, const OptTensor& num_items,
+                                      double items, bool mean, bool empty_is_zero);
+
+std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, const OptTensor& mask, int64_t dim, double scale, bool causal,
+                                               int64_t kind, bool statistics);
+Tensor softmax_bwd(const Tensor& dy, const Tensor& saved, const OptTensor& top, const OptTensor& log_sum, int64_t dim, double scale,
+                   int64_t kind);
+
+std::tuple<Tensor, Tensor> losses_fwd(const Tensor& x, const Tensor& target, const OptTensor& w, const OptTensor& pos, int64_t kind,
+                                      double a, double b, bool log_target, int64_t reduction, bool wide);
+std::tuple<Tensor, Tensor> losses_bwd(const Tensor& dloss, const Tensor& x, const Tensor& target, const OptTensor& w,
+                                      const OptTensor& pos, const OptTensor& divisor, int64_t kind, double a, double b,
+                                      bool log_target, int64_t reduction, std::array<bool, 2> needed);
 
 Tensor dropout_fwd(const Tensor& x, const OptTensor& bias, const OptTensor& residual, const Tensor& seed, double p);
 std::tuple<Tensor, Tensor> dropout_bwd(const Tensor& dy, const OptTensor& bias, const Tensor& seed, double p,
@@ -77,9 +91,6 @@ void loss_rows(const char* op, const Tensor& x, const Tensor& target, const OptT
 void loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
                         const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads,
                         const Tensor& dx /* may be x */);
-// The total of loss_rows' losses, and its divisor.
-std::pair<Tensor, Tensor> loss_total(const char* op, const LossRows& rows, const OptTensor& num_items, double items, bool mean,
-                                     bool empty_is_zero);
 
 using LinearGrads = std::tuple<Tensor, Tensor, Tensor>;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(

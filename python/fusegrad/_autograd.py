@@ -58,22 +58,28 @@ def _first(n, results):
     return results if n is None else results[0] if n == 1 else results[:n]
 
 
-def differentiable(inputs: Callable | None = None, *, from_saved: Callable | None = None) -> Callable:
+def differentiable(inputs: Callable | None = None, *, formula: Callable | None = None) -> Callable:
     """Makes a `backward` of a kernel call: `inputs(ctx)` gives the tensor arguments of the forward, recomputed by torch from what
-    was saved where they were not saved themselves; `ctx.options` its other arguments. Where the inputs are not to be had, the one
-    gradient is instead `from_saved(ctx, *grads)`, in differentiable torch code."""
+    was saved where they were not saved themselves; `ctx.options` its other arguments.
+
+    An op whose inputs are not to be had gives a `formula` instead: `formula(ctx, saved, *grads)` are the gradients of the first
+    inputs as torch code of the saved tensors. A saved output hangs on the inputs by this very Function: it is exact at every order."""
 
     def decorate(kernel: Callable) -> Callable:
         def backward(ctx, *grads):
             if not torch.compiler.is_compiling() and (
                 torch.is_grad_enabled() or _forward_mode_open() or any([g is not None and _is_legacy_batched(g) for g in grads])
             ):
-                return reference_vjp(ctx, inputs(ctx), grads) if from_saved is None else saved_vjp(ctx, from_saved, grads)
+                return reference_vjp(ctx, inputs(ctx), grads) if formula is None else formula_vjp(ctx, formula, grads)
             return kernel(ctx, *grads)
 
         return staticmethod(backward)
 
     return decorate
+
+
+def _without_autocast(device: str):
+    return torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False)
 
 
 def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> tuple:
@@ -82,8 +88,7 @@ def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[to
     _op.count(fn.op, "the backward is differentiated")
     create_graph = torch.is_grad_enabled()
     needed = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    device = inputs[0].device.type
-    with torch.enable_grad(), torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
+    with torch.enable_grad(), _without_autocast(inputs[0].device.type):
         # A view of each: the same tensor may be given twice, and each place has its own gradient.
         inputs = [t.view_as(t) if i in needed else t for i, t in enumerate(inputs)]
         outputs = fn.reference(*inputs, *ctx.options)
@@ -100,15 +105,17 @@ def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[to
     return tuple(result)
 
 
-def saved_vjp(ctx, formula: Callable, grads: Sequence[torch.Tensor | None]) -> tuple:
-    """The gradient of the first input as `formula` of what was saved, in a graph that can be differentiated again."""
+def formula_vjp(ctx, formula: Callable, grads: Sequence[torch.Tensor | None]) -> tuple:
+    """The gradients that `formula` makes of what was saved, in a graph that can be differentiated again."""
     _op.count(ctx._forward_cls.op, "the backward is differentiated")
-    rest = [None] * (len(ctx.needs_input_grad) - 1)
-    if grads[0] is None:
-        return None, *rest
-    device = grads[0].device.type
-    with torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
-        return formula(ctx, *grads), *rest
+    result = [None] * len(ctx.needs_input_grad)
+    saved = ctx.saved_tensors  # once: checkpointing counts
+    given = [g for g in grads if g is not None]
+    if given:
+        with _without_autocast(given[0].device.type):
+            found = formula(ctx, saved, *grads)
+        result[: len(found)] = found
+    return tuple(result)
 
 
 class _NoSecondOrder(torch.autograd.Function):

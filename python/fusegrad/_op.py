@@ -35,6 +35,8 @@ class Op:
     permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
     rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
     random: bool = False  # draws from torch's generator: equal calls need an equal seed, and torch's own function draws otherwise
+    units: float = 4  # eps of the accumulate type, relative to the largest value, that a result may be off beside the reference's error
+    saves_output: bool = False  # the backward starts from the output as it was stored, and gradients are checked from there
     constants: tuple = ()  # floating-point arguments that no gradient flows to
     by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
     stored: Callable | None = None  # stored(kwargs, outputs): for the reference in float64, arguments that give what the op rounds
@@ -175,6 +177,12 @@ def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:
         if param is not None and param.shape != shape:
             raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(param.shape)}")
     return len(shape)
+
+
+def warn(text: str, stacklevel: int = 3) -> None:
+    """A warning at the caller's caller, or so many frames up from here; torch.compile cannot trace one."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(text, stacklevel=stacklevel)
 
 
 def fall_back(op: str, reason: str, device: torch.device) -> None:

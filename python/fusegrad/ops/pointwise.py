@@ -50,7 +50,7 @@ class ScaleFn(Function):
         _, *ctx.options = inputs
         ctx.set_materialize_grads(False)
 
-    @differentiable(from_saved=lambda ctx, dy: scale_reference(dy, *ctx.options))
+    @differentiable(formula=lambda ctx, saved, dy: (scale_reference(dy, *ctx.options),))
     def backward(ctx, dy):
         return None if dy is None else pointwise_bwd(dy, None, _SCALE, *ctx.options), None
 
@@ -118,7 +118,7 @@ class ExpFn(Function):
         ctx.save_for_backward(outputs)
 
     # The output hangs on the input: the product is right to any order.
-    @differentiable(from_saved=lambda ctx, dy: (wide(dy) * wide(ctx.saved_tensors[0])).to(dy.dtype))
+    @differentiable(formula=lambda ctx, saved, dy: ((wide(dy) * wide(saved[0])).to(dy.dtype),))
     def backward(ctx, dy):
         return None if dy is None else pointwise_bwd(dy, *ctx.saved_tensors, _EXP, 0.0)
 
@@ -240,7 +240,7 @@ class GradReverseFn(Function):
         _, *ctx.options = inputs
         ctx.set_materialize_grads(False)
 
-    @differentiable(from_saved=lambda ctx, dy: scale_reference(dy, -ctx.options[0]))
+    @differentiable(formula=lambda ctx, saved, dy: (scale_reference(dy, -ctx.options[0]),))
     def backward(ctx, dy):
         return None if dy is None else pointwise_bwd(dy, None, _GRAD_REVERSE, -ctx.options[0]), None
 

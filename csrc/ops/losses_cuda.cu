@@ -1,0 +1,5 @@
+#include "../core/map_cuda.cuh"
+#include "losses.h"
+
+FUSEGRAD_MAP(LossesFwd)
+FUSEGRAD_MAP(LossesBwd)
