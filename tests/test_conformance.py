@@ -217,8 +217,9 @@ def test_gradient_penalty(case):
     assert ("the backward is differentiated") in {reason for _, reason in fusegrad.stats()}
     with fusegrad.use_reference():
         expected = penalty()
-    for a, b in zip(ours, expected):
-        torch.testing.assert_close(a, b, rtol=1e-4 if a.dtype == F32 else 1e-9, atol=1e-4 if a.dtype == F32 else 1e-9)
+    for a, b in zip(ours, expected):  # of sums: what is left of large terms is as exact as they are
+        tolerance = 1e-4 if a.dtype == F32 else 1e-9
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max([1.0, *b.abs().flatten().tolist()]))
 
 
 @each((F32, F32))
@@ -317,7 +318,7 @@ def test_func_transforms(case):
     ours = list(everything())
     with fusegrad.use_reference():
         expected = list(everything())
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+    assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(ours, expected))
     # Against what needs no transform: the derivative along a direction, and the gradient.
     leaves = tuple(v.detach().clone().requires_grad_() for v in values)
     plain = torch.autograd.grad(loss(*leaves), leaves)
@@ -400,7 +401,7 @@ def test_lazy_bits(case):
         if op.layout_bits:
             assert same_bits(a.resolve_neg(), b), k
         else:
-            torch.testing.assert_close(a.resolve_neg(), b)
+            torch.testing.assert_close(a.resolve_neg(), b, equal_nan=True)
     zeros = tuple(torch._efficientzerotensor(y.shape, dtype=y.dtype, device=DEVICE) for y in cotangent)
     dense_zeros = tuple(torch.zeros_like(y) for y in cotangent)
     for a, b in zip(run(op, sample, zeros).values(), run(op, sample, dense_zeros).values()):

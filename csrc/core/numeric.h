@@ -52,8 +52,9 @@ FUSEGRAD_FN float log(float a) { return ::logf(a); }
 FUSEGRAD_FN double log(double a) { return ::log(a); }
 FUSEGRAD_FN float tanh(float a) { return ::tanhf(a); }
 FUSEGRAD_FN double tanh(double a) { return ::tanh(a); }
-FUSEGRAD_FN float erf(float a) { return ::erff(a); }
-FUSEGRAD_FN double erf(double a) { return ::erf(a); }
+// Where exp(-a^2) is needed anyway.
+FUSEGRAD_FN float erfc(float a, float /*exp(-a^2)*/) { return ::erfcf(a); }
+FUSEGRAD_FN double erfc(double a, double) { return ::erfc(a); }
 FUSEGRAD_FN float expm1(float a) { return ::expm1f(a); }
 FUSEGRAD_FN double expm1(double a) { return ::expm1(a); }
 FUSEGRAD_FN float log1p(float a) { return ::log1pf(a); }
@@ -170,10 +171,6 @@ FUSEGRAD_FN Vec<S> tanh(Vec<S> a) {
   return a.tanh();
 }
 template <class S>
-FUSEGRAD_FN Vec<S> erf(Vec<S> a) {
-  return a.erf();
-}
-template <class S>
 FUSEGRAD_FN Vec<S> expm1(Vec<S> a) {
   return a.expm1();
 }
@@ -196,6 +193,26 @@ FUSEGRAD_FN Vec<S> absolute(Vec<S> a) {
 template <class S>
 FUSEGRAD_FN Vec<S> select(Vec<S> mask, Vec<S> yes, Vec<S> no) {
   return Vec<S>::blendv(no, yes, mask);
+}
+// To 1e-7: 1 - a p(a^2) up to 1, exp(-a^2) t q(t) beyond, t = 1 / (1 + 0.4 |a|) (least-squares fits, relative error 4e-8). Vec::erf
+// is off by 4e-7 with AVX-512, and Vec::erfc takes six times as long.
+template <class S>
+FUSEGRAD_FN Vec<S> erfc(Vec<S> a, Vec<S> exp_of_minus_square) {
+#if !defined(CPU_CAPABILITY_DEFAULT)
+  if constexpr (std::is_same_v<S, float>) {
+    using V = Vec<float>;
+    const V size = a.abs(), square = size * size, t = reciprocal(at::vec::fmadd(size, V(0.4f), V(1.0f)));
+    V p = V(-5.63141721e-4f);
+    for (const float c : {4.91755016e-3f, -2.67113102e-2f, 1.12801801e-1f, -3.76123262e-1f, 1.12837912f})
+      p = at::vec::fmadd(p, square, V(c));
+    V q = V(-1.16257450e-1f);
+    for (const float c : {2.43578554e-1f, 8.31241343e-3f, 2.13011051e-1f, 1.98797701e-1f, 2.26689728e-1f, 2.25627221e-1f})
+      q = at::vec::fmadd(q, t, V(c));
+    q = q * t * exp_of_minus_square;
+    return select(size < V(1.0f), V(1.0f) - a * p, select(a < V(0.0f), V(2.0f) - q, q));
+  }
+#endif
+  return a.erfc();
 }
 template <class S>
 FUSEGRAD_FN Vec<S> larger(Vec<S> a, Vec<S> b) {

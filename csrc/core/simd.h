@@ -60,8 +60,8 @@ FUSEGRAD_FN Vec<BFloat16> narrowed(Vec<float> a, Vec<float> b) {
 }
 constexpr bool kOwnBFloat16 = true;
 #else
-Vec<float> widened(const BFloat16*);
-Vec<BFloat16> narrowed(Vec<float>, Vec<float>);
+[[maybe_unused]] Vec<float> widened(const BFloat16*);
+[[maybe_unused]] Vec<BFloat16> narrowed(Vec<float>, Vec<float>);
 constexpr bool kOwnBFloat16 = false;
 #endif
 

@@ -45,7 +45,7 @@ struct Activation {
       case Act::square: return x * x;
       case Act::cube: return x * x * x;
       case Act::squared_relu: return square(larger(x, A(0)));
-      case Act::gelu: return x * normal_below(x);
+      case Act::gelu: return x * normal_below(x, bell(x));
       case Act::gelu_tanh: return of<A>(0.5) * x * (A(1) + tanh(tanh_argument(x)));
       case Act::silu: return x * sigmoid(x);
       case Act::softplus: return select(x > A(20), x, log1p(exp(smaller(x, A(20)))));
@@ -70,7 +70,10 @@ struct Activation {
       case Act::square: return A(2) * x;
       case Act::cube: return A(3) * x * x;
       case Act::squared_relu: return A(2) * larger(x, A(0));
-      case Act::gelu: return gelu_slope(x, normal_below(x));
+      case Act::gelu: {
+        const A e = bell(x);
+        return gelu_slope(x, normal_below(x, e), e);
+      }
       case Act::gelu_tanh: return gelu_tanh_slope(x, tanh(tanh_argument(x)));
       case Act::silu: return silu_slope(x, sigmoid(x));
       case Act::softplus: return select(x > A(20), A(1), sigmoid(x));
@@ -89,8 +92,8 @@ struct Activation {
   FUSEGRAD_FN void both(A x, A& y, A& slope) const {
     switch (kind) {
       case Act::gelu: {
-        const A p = normal_below(x);
-        y = x * p, slope = gelu_slope(x, p);
+        const A e = bell(x), p = normal_below(x, e);
+        y = x * p, slope = gelu_slope(x, p, e);
         return;
       }
       case Act::gelu_tanh: {
@@ -130,8 +133,12 @@ struct Activation {
     return s * fma(x, A(1) - s, A(1));
   }
   template <class A>
-  FUSEGRAD_FN static A gelu_slope(A x, A p) {
-    return p + x * of<A>(0.3989422804014327) * exp(of<A>(-0.5) * x * x);
+  FUSEGRAD_FN static A gelu_slope(A x, A p, A e) {
+    return p + x * of<A>(0.3989422804014327) * e;
+  }
+  template <class A>
+  FUSEGRAD_FN static A bell(A x) {
+    return exp(of<A>(-0.5) * x * x);
   }
   template <class A>
   FUSEGRAD_FN static A gelu_tanh_slope(A x, A t) {
@@ -140,8 +147,8 @@ struct Activation {
   }
   // P(X < x) of a standard normal X.
   template <class A>
-  FUSEGRAD_FN static A normal_below(A x) {
-    return of<A>(0.5) * (A(1) + erf(x * of<A>(0.7071067811865476)));
+  FUSEGRAD_FN static A normal_below(A x, A e /* bell(x) */) {
+    return of<A>(0.5) * erfc(x * of<A>(-0.7071067811865476), e);
   }
   // Beyond 30 tanh is 1, and a square might overflow where the result does not.
   template <class A>

@@ -17,9 +17,10 @@ def info() -> None:
     print(f"CUDA kernels    {f'built for CUDA {_build_info.CUDA}' if _C.with_cuda else 'not built'}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices    {', '.join(devices) or 'none'}")
-    print("\nop               kernels    otherwise")
-    for op in OPS.values():
-        print(f"{op.name:16} {', '.join(KERNEL_DEVICES):10} reference: {op.by_reference}")
+    width = max(map(len, OPS))
+    print(f"\n{'op':{width}}  kernels    otherwise")
+    for name, op in sorted(OPS.items()):
+        print(f"{name:{width}}  {', '.join(KERNEL_DEVICES):10} reference: {op.by_reference}")
 
 
 def main() -> None:

@@ -152,7 +152,8 @@ class Case {
       for (Result& result : results) bytes[run] += result.buffer.bytes();
     }
     CHECK(bytes[0] == bytes[1], what.str(), " not the same bits for any number of threads");
-    const double noise = (64 + double(e.cols) / 16) * kEps[wide()];  // equal terms are rounded alike: each lane's errors add up
+    // Equal terms are rounded alike: the errors of each lane add up along a row, and those of each column over the rows.
+    const double noise = (64 + double(std::max(e.cols, e.rows)) / 16) * kEps[wide()];
     for (const Result& result : results)
       result.buffer.compare(*result.want, result.eps, noise, what.str() + ", output " + std::to_string(&result - &results[0]));
   }

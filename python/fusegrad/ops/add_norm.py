@@ -61,8 +61,9 @@ def _with_that_sum(*params):
     """0 and the sum, in the place of input and residual: every pair with one sum has the same derivatives."""
 
     def inputs(ctx):
-        s = ctx.saved_tensors[0]
-        return s.new_zeros(()).expand_as(s).requires_grad_(), s, *(ctx.saved_tensors[i] for i in params)
+        saved = ctx.saved_tensors  # once: checkpointing counts
+        s = saved[0]
+        return s.new_zeros(()).expand_as(s).requires_grad_(), s, *(saved[i] for i in params)
 
     return inputs
 
@@ -70,10 +71,11 @@ def _with_that_sum(*params):
 def _backward(ctx, dy, dsum, needs_b, offset):
     """The gradients of input, residual, weight and bias."""
     needs = *ctx.needs_input_grad[:3], needs_b
-    seed, p = ctx.saved_tensors[3], ctx.options[-1]
+    saved, p = ctx.saved_tensors, ctx.options[-1]
+    seed = saved[3]
     dx = dresidual = dw = db = None
     if dy is not None:
-        dx, dresidual, dw, db = add_norm_bwd(dy, dsum, *ctx.saved_tensors, ctx.options[0], offset, p, needs)
+        dx, dresidual, dw, db = add_norm_bwd(dy, dsum, *saved, ctx.options[0], offset, p, needs)
     elif dsum is not None:
         dresidual = dsum
         if seed is not None and needs[0]:

@@ -19,7 +19,8 @@ _AS_IS = (1.0, 0.01)  # the scale and the slope of bias_act
 
 
 def linear_reference(x: Tensor, w: Tensor, b: Tensor | None, act: int) -> Tensor:
-    return activate(F.linear(wide(x), wide(w), None if b is None else wide(b)), act).to(x.dtype)
+    product = F.linear(wide(x), wide(w))
+    return activate(product if b is None else product + wide(b), act).to(x.dtype)
 
 
 class LinearFn(Function):
