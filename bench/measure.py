@@ -162,7 +162,7 @@ def wrong(op, name, f, call) -> str | None:
 
 
 def spread(times) -> dict:
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return dict(median=statistics.median(times), low=low, high=high)
 
 

@@ -129,12 +129,13 @@ def permuted(op, sample, cotangent, seed):
                 # Keep the ignored class recognisable: it must be a number that no label has after the permutation.
                 kwargs[k] = torch.where(known, kwargs[k], -100)
                 kwargs["ignore_index"] = -100
-    moved = tuple(g.index_select(dim, order) if g.shape == first.shape else g for g in cotangent)
+    along = dims.get("output", dim)  # None: a result of the same shape by chance
+    moved = tuple(g.index_select(along, order) if g.shape == first.shape and along is not None else g for g in cotangent)
 
     def restore(results):
         back = {}
         for k, v in results.items():
-            d = dims.get(k.removeprefix("gradient of "), dim if v.shape == first.shape else None)
+            d = dims.get(k.removeprefix("gradient of "), along if v.shape == first.shape else None)
             back[k] = v if d is None else v.index_select(d, inverse)
         return back
 

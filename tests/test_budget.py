@@ -10,7 +10,9 @@ DRAWS = 334  # × 3 dtypes: 1,000 an op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=("float32", "float16", "bfloat16"))
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, id=str(dtype)[6:], marks=pytest.mark.rotating(n)) for n, dtype in enumerate((F32, F16, BF16))]
+)
 @pytest.mark.parametrize("op", list(OPS.values()), ids=lambda op: op.name)
 def test_accepts_correct_kernels(op, dtype):
     for seed in range(DRAWS):
@@ -28,13 +30,14 @@ def rms_norm_case(dtype, rows=64):
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("op", list(OPS.values()), ids=lambda op: op.name)
-def test_rejects_a_result_times_1_004(op, dtype):
+def test_rejects_a_scaled_result(op, dtype):
+    factor = 1.03 if op.gemm == "torch" and dtype == BF16 else 1.004  # a product that is rounded before it is used
     sample = Sample("", op.bench(Make(dtype), 16, 64))
     cotangent = cotangents(call(op, sample))
     results = run(op, sample, cotangent)
     for k in results:
         with pytest.raises(AssertionError, match="over the budget"):
-            check(op, sample, results | {k: results[k] * 1.004}, cotangent)
+            check(op, sample, results | {k: results[k] * factor}, cotangent)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fusegrad import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 PATH = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
 
@@ -24,11 +26,18 @@ def run(*command):
     return done.stdout
 
 
+BEST = _C.cpu_capability()
+KINDS = {"best": (BEST, "OFF"), "default": ("default", "OFF"), "sanitize": (BEST, "ON")}
+TURNS = {"default": [pytest.mark.rotating(0)], "sanitize": [pytest.mark.rotating(1)]}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitize", ["OFF", pytest.param("ON", marks=pytest.mark.rotating(1))])
-def test_cpp(sanitize):
-    build = "build/cmake-sanitize" if sanitize == "ON" else "build/cmake"
-    run("cmake", "-B", build, f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEGRAD_SANITIZE={sanitize}")
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=TURNS.get(kind, [])) for kind in KINDS])
+def test_cpp(kind):
+    variant, sanitize = KINDS[kind]
+    build = f"build/cmake-{kind}"
+    options = dict(Python_EXECUTABLE=sys.executable, FUSEGRAD_SANITIZE=sanitize, FUSEGRAD_VARIANTS=variant.upper())
+    run("cmake", "-B", build, *(f"-D{k}={v}" for k, v in options.items()))
     log = run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
-    for name in ("build", "functors", "drivers_default"):
+    for name in ("build", "functors", f"drivers_{variant}"):
         assert re.search(rf"{name} \.+ +Passed", log), log

@@ -5,7 +5,7 @@ namespace fusegrad {
 namespace {
 
 struct Weights {
-  static constexpr int col_out = 2;
+  static constexpr int col_out = 2, wide_cols = 0;
 };
 enum Mode { kTurn, kTurnBack, kNorm, kNormBack };
 

@@ -32,7 +32,7 @@ class Op:
     samples: Callable  # samples(make) yields Sample
     module: type[torch.nn.Module] | None = None
     torch: Callable | None = None  # torch's function of the same arguments, where it has one
-    permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum
+    permutes: Callable = lambda kwargs: {}  # {argument: dimension} that may be permuted alike without changing a sum; see table.permuted
     rounding: Callable = lambda kwargs: 0.505  # of a 16-bit result, in ulp
     random: bool = False  # draws from torch's generator: equal calls need an equal seed, and torch's own function draws otherwise
     units: float = 4  # eps of the accumulate type, relative to the largest value, that a result may be off beside the reference's error

@@ -166,7 +166,7 @@ LINEAR = Op(
     samples=_samples,
     module=Linear,
     torch=lambda input, weight, bias, activation=None: activate(F.linear(input, weight, bias), number("linear", activation)),
-    permutes=lambda kwargs: {"input": -1, "weight": -1},
+    permutes=lambda kwargs: {"input": -1, "weight": -1, "output": None},
     saved_bytes=_saved_bytes,
     bench=_bench,
     shapes=((4, 64), (512, 512), (2048, 1024), (4096, 256)),
