@@ -2,7 +2,8 @@
 // the channels as columns: SIMD lanes are rows then, and a tile of neighbouring rows is walked column by column. Nothing is
 // gathered and results keep the layout. Rows that lie along memory go to rows_cpu.h.
 //
-// What an op may not use here: skip(), In::is(), In::stored(), and fields of Row that are not of type S.
+// What an op may not use here: skip(), mixed inputs, In::is(), In::before(), In::stored(), and fields of Row that are not of type
+// S.
 #pragma once
 
 #include "rows_cpu.h"
@@ -36,6 +37,7 @@ class AcrossCpu {
   static constexpr int64_t kWork = 131072;  // elements of a unit that is walked once
 
  public:
+  static_assert(Op::mixed == 0 && sizeof(Row<S>) % sizeof(S) == 0);
   explicit AcrossCpu(const RowArgs<Op>& args) : args(args), cols(args.extent.cols), lanes(args.extent.size[args.extent.dims - 1]) {
     const int64_t outer = args.extent.rows / std::max<int64_t>(1, lanes), bytes = std::max<int64_t>(1, cols) * sizeof(T) * Op::in;
     const int64_t wanted = kOneWalk ? kMost : std::min({kMost, kNear / bytes, lanes * outer / kLeast});

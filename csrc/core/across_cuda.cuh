@@ -17,6 +17,7 @@ class AcrossCuda {
   static constexpr bool kOneWalk = length(typename Op::template Sweeps<S>{}) == 0 && Op::col_out == 0;
 
  public:
+  static_assert(Op::mixed == 0);
   static constexpr int kMaxThreads = 256;
   struct Args {
     RowArgs<Op> row;

@@ -138,7 +138,7 @@ FUSEGRAD_FN void load(const Mixed& m, double absent, int64_t c, A (&v)[2], int64
 inline void gather(char* to, const char* from, int64_t n, int64_t step, int size) {
   const auto copy = [&](auto word) {
     using W = decltype(word);
-    for (int64_t i = 0; i < n; ++i) reinterpret_cast<W*>(to)[i] = reinterpret_cast<const W*>(from)[i * step];
+    for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * sizeof(W), from + i * step * sizeof(W), sizeof(W));
   };
   switch (size) {
     case 1: return copy(uint8_t{});

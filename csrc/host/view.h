@@ -78,4 +78,10 @@ class Frame {
   c10::SmallVector<Tensor, 2> kept_;
 };
 
+// A number that stands for a name, from anybody who calls torch.ops.
+inline int64_t checked_number(const char* what, int64_t number, int64_t count) {
+  TORCH_CHECK_INDEX(number >= 0 && number < count, what, " must be in [0, ", count, "), got ", number);
+  return number;
+}
+
 }  // namespace fusegrad

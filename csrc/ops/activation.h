@@ -30,6 +30,8 @@ enum class Act : int8_t {
   hardswish,
 };
 
+constexpr int64_t kActs = int64_t(Act::hardswish) + 1;
+
 struct Activation {
   Act kind;
   double negative_slope = 0;  // of leaky_relu

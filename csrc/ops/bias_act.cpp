@@ -9,9 +9,7 @@ namespace fusegrad {
 namespace {
 
 ScaledAct scaled(int64_t number, double scale, double slope) {
-  constexpr int64_t count = int64_t(Act::hardswish) + 1;
-  TORCH_CHECK_INDEX(number >= 0 && number < count, "bias_act: activation must be in [0, ", count, "), got ", number);
-  return {{Act(number), slope}, scale};
+  return {{Act(checked_number("bias_act: activation", number, kActs)), slope}, scale};
 }
 
 // Whether the dimension of the bias is walked as the columns; else those behind it are, and a row has one bias.

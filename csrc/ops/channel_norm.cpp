@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
     };
     const Tensor rows = walk.whole(some);
     Frame frame(op, rows, "input", walk.rows(), rows.dim());
-    RowArgs<F> args{{{}, {eps, {Act(activation), kLeakySlope}, given(r)}}};
+    RowArgs<F> args{{{}, {eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)}}};
     frame.in(args.in[F::kX], rows, "input");
     frame.in(args.in[F::kR], given(r) ? walk.whole(*r_some) : rows, "residual");
     channel_rows(frame, args, of(0), of(1), w, b, [&](const Tensor& t) { return walk.spread(t); });
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
   const char* const op = groups ? "group_norm backward" : "batch_norm backward";
   check(op, x, dy, w, b, r, {}, {});
   const int64_t n = x.size(0), c = x.size(1), m = x.numel() / std::max<int64_t>(1, groups ? n * groups : c);
-  const ChannelRow channel{eps, {Act(activation), kLeakySlope}, given(r)};
+  const ChannelRow channel{eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)};
   const bool through_sets = needed[0] && !constant, summed = needed[1] || needed[2] || through_sets;
   Tensor dx, dw, db, dr, sums, weights;
   if (needed[0]) dx = empty_as(x);

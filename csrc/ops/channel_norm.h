@@ -119,7 +119,7 @@ struct ChannelRow {
   }
   template <class A, class R>
   FUSEGRAD_FN A dz(const R& row, A h, A r, A dy) const {
-    return activation.kind == Act::identity ? dy : dy * activation.derivative(z(row, h, r));
+    return activation.kind == Act::identity ? dy : activation.gradient(dy, z(row, h, r));
   }
 };
 

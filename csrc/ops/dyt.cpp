@@ -46,15 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_bwd(const Tensor& dy,     // [*, 
   if (needed[2]) args.col_out[B::kDw] = (dw = frame.empty_params(w)).mutable_data_ptr();
   if (needed[3]) args.col_out[B::kDb] = (db = frame.empty_params(b)).mutable_data_ptr();
   run(frame, args);
-  if (needed[1]) {
-    Frame columns("dyt backward", dalpha, "sums for alpha", 0, 1);
-    RowArgs<DyTTotal> total{};
-    Tensor sum = columns.empty_per_row();
-    columns.in(total.in[DyTTotal::kX], dalpha, "sums for alpha");
-    columns.per_row(total.scalar_out[DyTTotal::kTotal], sum, "gradient of alpha");
-    run(columns, total);
-    dalpha = sum.to(alpha.scalar_type());
-  }
+  if (needed[1]) dalpha = std::get<0>(loss_total("dyt backward", dalpha, dalpha, {}, 0, false, false)).to(alpha.scalar_type());
   return {dx, dalpha, dw, db};
 }
 

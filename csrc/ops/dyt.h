@@ -57,29 +57,4 @@ struct DyTBwd : RowOp {
   }
 };
 
-// Adds up the columns' parts of dalpha.
-struct DyTTotal : RowOp {
-  static constexpr int in = 1, scalar_out = 1;
-  enum { kX, kTotal = 0 };
-
-  template <class S>
-  struct Row {};
-  template <class A>
-  struct Total {
-    A x{0};
-    FUSEGRAD_FN void merge(const Total& o) { x = x + o.x; }
-  };
-  template <class A>
-  using Sweeps = List<Total<A>>;
-
-  template <class A, class R>
-  FUSEGRAD_FN void add(Total<A>& sum, const R&, const In<DyTTotal, A>& in) const {
-    sum.x = sum.x + in.x[kX];
-  }
-  template <class S, class At>
-  FUSEGRAD_FN void finish(Row<S>&, const Total<S>& sum, const At& at) const {
-    at.put(kTotal, sum.x);
-  }
-};
-
 }  // namespace fusegrad

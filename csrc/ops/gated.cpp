@@ -21,11 +21,7 @@ constexpr Unit kUnits[] = {
     {"glu", "glu backward", Act::sigmoid, false},
 };
 
-const Unit& unit(int64_t number) {
-  constexpr int64_t count = std::size(kUnits);
-  TORCH_CHECK_INDEX(number >= 0 && number < count, "gated: unit must be in [0, ", count, "), got ", number);
-  return kUnits[number];
-}
+const Unit& unit(int64_t number) { return kUnits[checked_number("gated: unit", number, std::size(kUnits))]; }
 
 template <Act act>
 using Constant = std::integral_constant<Act, act>;

@@ -1,4 +1,5 @@
-// Layer norm over a row of n columns (Ba et al. 2016, arXiv:1607.06450), with w = 1 and b = 0 where they are not given:
+// Layer norm over a row of n columns (Ba et al. 2016, arXiv:1607.06450), or over the n channels of a pixel, with w = 1 and b = 0
+// where they are not given:
 //
 //   mean = x_0 + sum(x - x_0) / n      d = x - mean      c = sum(d) / n      h = (d - c) rstd      y = h w + b
 //   rstd = 1 / sqrt(sum(d^2) / n - c^2 + eps)

@@ -1,5 +1,5 @@
-#include "../core/rows_cpu.h"
+#include "../core/across_cpu.h"
 #include "layer_norm.h"
 
-FUSEGRAD_ROWS(LayerNormFwd)
-FUSEGRAD_ROWS(LayerNormBwd)
+FUSEGRAD_ANY_ROWS(LayerNormFwd)
+FUSEGRAD_ANY_ROWS(LayerNormBwd)

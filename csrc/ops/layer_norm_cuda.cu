@@ -1,5 +1,5 @@
-#include "../core/rows_cuda.cuh"
+#include "../core/across_cuda.cuh"
 #include "layer_norm.h"
 
-FUSEGRAD_ROWS(LayerNormFwd)
-FUSEGRAD_ROWS(LayerNormBwd)
+FUSEGRAD_ANY_ROWS(LayerNormFwd)
+FUSEGRAD_ANY_ROWS(LayerNormBwd)

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> losses_fwd(const Tensor& x,       // [*]
                                       int64_t kind, double a, double b, bool log_target, int64_t reduction, bool wide) {
   RECORD_FUNCTION("fusegrad::losses_fwd", {});
   using F = LossesFwd;
-  Frame frame = Frame::flat(kNames[kind], x, "input");
+  Frame frame = Frame::flat(kNames[checked_number("losses: kind", kind, std::size(kNames))], x, "input");
   MapArgs<F> args{{{}, {LossKind(kind), log_target, a, b}}};
   frame.in(args.in[F::kX], x, "input");
   frame.mixed(args.mixed[F::kT], target, "target");
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> losses_bwd(const Tensor& dloss,       // [] or [*]
                                       std::array<bool, 2> needed) {
   RECORD_FUNCTION("fusegrad::losses_bwd", {});
   using B = LossesBwd;
-  Frame frame = Frame::flat(kBackwards[kind], x, "input");
+  Frame frame = Frame::flat(kBackwards[checked_number("losses: kind", kind, std::size(kBackwards))], x, "input");
   MapArgs<B> args{{{}, {LossKind(kind), log_target, a, b}, 1 / items(x, reduction)}};
   Tensor dx, dt;
   const Tensor g = given(divisor) ? at::div(dloss, *divisor) : dloss;

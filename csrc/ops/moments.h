@@ -1,5 +1,5 @@
 // Mean and variance by two sweeps: the second one is about the mean that the first one found, rounded as it is, and also says by
-// how much that was off. No digit is lost to a mean that is large beside the deviations.
+// how much that was off. The variance loses no digit to a mean that is large beside the deviations.
 #pragma once
 
 #include "../core/row_op.h"

@@ -11,10 +11,7 @@ enum { kScale, kExp, kCube, kGradReverse };
 constexpr const char* kNames[] = {"scale", "exp", "cube", "grad_reverse"};
 constexpr const char* kBackward[] = {"scale backward", "exp backward", "cube backward", "grad_reverse backward"};
 
-const char* name(const char* const (&names)[4], int64_t number) {
-  TORCH_CHECK_INDEX(number >= 0 && number < 4, "pointwise: op must be in [0, 4), got ", number);
-  return names[number];
-}
+const char* name(const char* const (&names)[4], int64_t number) { return names[checked_number("pointwise: op", number, 4)]; }
 
 template <class F>
 Tensor mapped(const F& op, const char* name, const Tensor& x, const char* x_name, const OptTensor& saved = {}) {

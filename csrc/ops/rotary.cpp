@@ -27,6 +27,11 @@ struct Call {
                          (args.table == args.rows || (args.table == DType::f32 && args.rows >= DType::f16)),
                      op, ": cos and sin must be ", main.scalar_type(), args.rows >= DType::f16 ? " or Float" : "", ", got ",
                      cos.scalar_type(), " and ", sin.scalar_type());
+    const bool batched = cos.dim() == 3 && main.dim() > 3 && (cos.size(0) == 1 || cos.size(0) == main.size(0));
+    TORCH_CHECK((cos.dim() == 2 || batched || (cos.dim() == 3 && cos.size(0) == 1)) && cos.size(-2) == main.size(-2) &&
+                    cos.size(-1) % 2 == 0 && cos.size(-1) <= main.size(-1) && sin.sizes() == cos.sizes(),
+                op, ": cos and sin must be [seq, rot] or [batch, seq, rot] of q ", main.sizes(), ", got ", cos.sizes(), " and ",
+                sin.sizes());
     args.cols = main.size(-1), args.rot = cos.size(-1), args.interleaved = interleaved;
     args.positions = main.size(-2);
     for (int64_t d = 0; d < main.dim() - 3; ++d) args.positions *= main.size(d);
@@ -43,6 +48,9 @@ struct Call {
   // `like` has the shape of the side; null if the side has nothing to do.
   void add(int i, const Tensor& like, const Tensor& cos, const Tensor& sin) {
     RotaryArgs::Side& side = args.side[i];
+    bool alike = like.dim() == main.dim();
+    for (int64_t d = 0; alike && d < like.dim(); ++d) alike = d == like.dim() - 3 || like.size(d) == main.size(d);
+    TORCH_CHECK(alike, op, ": k must have the shape of q ", main.sizes(), ", but for the heads, got ", like.sizes());
     sizes[i] = like.sizes();
     side.heads = like.dim() > 2 ? like.size(-3) : 1;
     side.extent.dims = 0, side.extent.rows = args.positions * side.heads, side.extent.cols = args.cols;
@@ -67,11 +75,18 @@ struct Call {
     strides(view, t, t.dim() - 1);
     if (t.size(-1) > 1) view.col = t.stride(-1);
   }
-  void rstd(int i, View& view, const Tensor& t) { strides(view, t, t.dim()); }
+  void rstd(int i, View& view, const Tensor& t) {
+    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes[i]).slice(0, sizes[i].size() - 1) && t.scalar_type() == wide() &&
+                    t.device() == main.device(),
+                op, ": rstd must be ", wide(), " with the rows' shape, got ", t.scalar_type(), " ", t.sizes());
+    strides(view, t, t.dim());
+  }
 
   // Null for no weight.
   const void* weight(const OptTensor& w) {
     if (!given(w)) return nullptr;
+    TORCH_CHECK(w->dim() == 1 && w->size(0) == main.size(-1) && w->device() == main.device(), op, ": a weight must have shape [",
+                main.size(-1), "] and be on ", main.device(), ", got ", w->sizes(), " on ", w->device());
     kept.push_back(w->to(wide()).contiguous());
     return kept.back().const_data_ptr();
   }

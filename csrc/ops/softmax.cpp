@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x,        // [*]
                                                bool statistics) {  // return the maximum and log_sum of each row, too
   RECORD_FUNCTION("fusegrad::softmax_fwd", {});
   using F = SoftmaxFwd;
-  Frame frame(kNames[kind], x, "input", dim, dim + 1);
+  Frame frame(kNames[checked_number("softmax: kind", kind, std::size(kNames))], x, "input", dim, dim + 1);
   const Mask type = !given(mask) ? Mask::none : mask->scalar_type() == at::kBool ? Mask::boolean : Mask::additive;
   RowArgs<F> args{{{}, SoftmaxKind(kind), type, causal, causal ? x.size(dim - 1) : 1, scale}};
   Tensor y = empty_result(frame, x, dim), top, log_sum;
@@ -45,7 +45,7 @@ Tensor softmax_bwd(const Tensor& dy,          // [*]
                    int64_t dim, double scale, int64_t kind) {
   RECORD_FUNCTION("fusegrad::softmax_bwd", {});
   using B = SoftmaxBwd;
-  Frame frame(kBackwards[kind], saved, "output", dim, dim + 1);
+  Frame frame(kBackwards[checked_number("softmax: kind", kind, std::size(kBackwards))], saved, "output", dim, dim + 1);
   RowArgs<B> args{{{}, SoftmaxKind(kind), scale}};
   Tensor dx = empty_result(frame, saved, dim);
   frame.in(args.in[B::kSaved], saved, "output");

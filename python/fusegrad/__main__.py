@@ -20,7 +20,8 @@ def info() -> None:
     width = max(map(len, OPS))
     print(f"\n{'op':{width}}  kernels    otherwise")
     for name, op in sorted(OPS.items()):
-        print(f"{name:{width}}  {', '.join(KERNEL_DEVICES):10} reference: {op.by_reference}")
+        reference = ", ".join(filter(None, ("complex dtypes", "other devices", op.by_reference)))
+        print(f"{name:{width}}  {', '.join(KERNEL_DEVICES):10} reference: {reference}")
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ class Function(torch.autograd.Function):
             return cls.reference(*tensors, *options)
         if torch.compiler.is_compiling():
             return _first(outputs, cls.apply(*tensors, *options))
-        reason = _op.why_not(*tensors)
+        reason = _op.why_not(tensors[0])
         if reason is not None:
-            _op.fall_back(cls.op, reason, tensors[0].device)
+            _op.fall_back(cls.op, reason, tensors[0])
             return cls.reference(*tensors, *options)
         if _functorch_active() or _forward_mode_open():
             _op.count(cls.op, "a transform or forward mode is active")

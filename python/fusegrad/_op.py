@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import warnings
 from collections import Counter
@@ -38,7 +39,7 @@ class Op:
     units: float = 4  # eps of the accumulate type, relative to the largest value, that a result may be off beside the reference's error
     saves_output: bool = False  # the backward starts from the output as it was stored, and gradients are checked from there
     constants: tuple = ()  # floating-point arguments that no gradient flows to
-    by_reference: str = "integer and complex dtypes, other devices"  # what goes through the reference
+    by_reference: str = ""  # what goes through the reference, beside complex dtypes and other devices
     stored: Callable | None = None  # stored(kwargs, outputs): for the reference in float64, arguments that give what the op rounds
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
@@ -121,10 +122,6 @@ def use_reference():
         _forced_reference = before
 
 
-def forced_reference() -> bool:
-    return _forced_reference
-
-
 def stats() -> dict[tuple[str, str], int]:
     """How often an op did not take its kernel, by (op, reason), since the last `reset_stats()`."""
     return dict(_stats)
@@ -146,8 +143,8 @@ def empty_cache() -> None:
     _C.pool_clear()
 
 
-def why_not(tensor: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """The sentence that says why no kernel takes a call with these tensors, the main one first; None if one does."""
+def why_not(tensor: torch.Tensor) -> str | None:
+    """The sentence that says why no kernel takes a call with that main tensor; None if one does."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {tensor.dtype}"
     if not tensor.is_cpu and tensor.device.type not in KERNEL_DEVICES and tensor.device.type != "meta":
@@ -160,6 +157,27 @@ def check_tensor(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
     if value.is_nested:  # has no shape that the checks after this one could look at
         raise RuntimeError(f"{op}: {name} must be a dense tensor, got a nested tensor")
+
+
+def real(op: str, name: str, value) -> float:
+    """An option as a float. A tensor would lose the gradient that it might expect, and wait for its device."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number (no gradient flows to it), got {type(value).__name__}")
+    return float(value)
+
+
+def reduction_of(
+    op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None, known=("mean", "sum", "none")
+) -> str:
+    """The reduction that is meant; size_average and reduce are torch's old names for it, and win."""
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+        warn(f"{op}: size_average and reduce are deprecated, use reduction", stacklevel=4)
+    if reduction not in known:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, known))}, got {reduction!r}")
+    return reduction
 
 
 def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:
@@ -185,9 +203,12 @@ def warn(text: str, stacklevel: int = 3) -> None:
         warnings.warn(text, stacklevel=stacklevel)
 
 
-def fall_back(op: str, reason: str, device: torch.device) -> None:
-    """A capability is missing: visible in stats(), a warning the first time, an error if strict; and always an error for a CUDA
-    tensor that meets a build without CUDA kernels, as nobody wants that."""
+def fall_back(op: str, reason: str, tensor: torch.Tensor) -> None:
+    """A capability is missing: visible in stats(), a warning the first time, an error if strict; and always an error for integers,
+    which have no derivative, and for a CUDA tensor that meets a build without CUDA kernels."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"{op}: input must be a floating-point tensor, got {tensor.dtype}")
+    device = tensor.device
     if device.type == "cuda" and not _C.with_cuda:
         raise RuntimeError(
             f"{op}: input is on {device}, but this build of fusegrad has kernels for the CPU only; reinstall it where nvcc and a CUDA "

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, wide, wide_dtype
-from .dropout import _check_p, draw_seed, dropout_bwd, factor
+from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, real, wide, wide_dtype
+from .dropout import draw_seed, dropout_bwd, factor, probability
 from .layer_norm import LayerNorm, layer_norm_reference, saved_bytes
 from .rms_norm import RMSNorm, rms_norm_reference, rms_options
 
@@ -126,7 +126,7 @@ def _pair(op: str, input: Tensor, residual: Tensor, p: float, training: bool) ->
     check_tensor(op, "residual", residual)
     if residual.shape != input.shape:
         raise RuntimeError(f"{op}: residual must have the shape of input ({list(input.shape)}), got {list(residual.shape)}")
-    p = _check_p(op, p) if training else 0.0
+    p = probability(op, p) if training else 0.0
     seed = draw_seed(input) if p > 0 else None
     if input.dtype != residual.dtype:
         dtype = torch.promote_types(input.dtype, residual.dtype)
@@ -239,7 +239,7 @@ def add_layer_norm(
         return handle_torch_function(add_layer_norm, tensors, input, residual, normalized_shape, weight, bias, eps, **extra)
     dims = check_normalized_shape("add_layer_norm", input, normalized_shape, weight=weight, bias=bias)
     input, residual, seed, p = _pair("add_layer_norm", input, residual, p, training)
-    return AddLayerNormFn.call((input, residual, weight, bias, seed), dims, float(eps), p, outputs=2)
+    return AddLayerNormFn.call((input, residual, weight, bias, seed), dims, real("add_layer_norm", "eps", eps), p, outputs=2)
 
 
 class _Adds:
@@ -247,7 +247,7 @@ class _Adds:
 
     def __init__(self, *args, p: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.p = _check_p(type(self).__name__, p)
+        self.p = probability(type(self).__name__, p)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", p={self.p}" if self.p else "")

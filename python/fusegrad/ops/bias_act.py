@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._activations import ACTIVATIONS, activate, number
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, wide
+from .._op import Op, Sample, check_tensor, compiled, real, wide
 
 bias_act_fwd = compiled("bias_act_fwd")
 bias_act_bwd = compiled("bias_act_bwd")
@@ -112,7 +112,7 @@ def bias_act(
         if bias.shape != input.shape[dim : dim + 1]:
             fact = f"(input is {list(input.shape)}, its dimension {dim}), got {list(bias.shape)}"
             raise RuntimeError(f"bias_act: bias must have shape [{input.shape[dim]}] {fact}")
-    return BiasActFn.call((input, bias), act, float(scale), float(negative_slope), dim)
+    return BiasActFn.call((input, bias), act, real("bias_act", "scale", scale), real("bias_act", "negative_slope", negative_slope), dim)
 
 
 class BiasAct(torch.nn.Module):

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, real, wide, wide_dtype
 
 channel_norm_fwd = compiled("channel_norm_fwd")
 channel_norm_bwd = compiled("channel_norm_bwd")
@@ -197,7 +197,7 @@ def group_norm(
     _check("group_norm", input, values, weight=weight, bias=bias)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight, bias = (t if t is None else t.float() for t in (input, weight, bias))
-    return GroupNormFn.call((input, weight, bias), num_groups, float(eps), kind, outputs=1)
+    return GroupNormFn.call((input, weight, bias), num_groups, real("group_norm", "eps", eps), kind, outputs=1)
 
 
 def batch_norm(
@@ -267,7 +267,7 @@ def batch_norm(
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must be given when training is False, got None")
     given = (None, None) if training else (running_mean, running_var)
-    y, stats = BatchNormFn.call((input, weight, bias, residual, *given), float(eps), kind)
+    y, stats = BatchNormFn.call((input, weight, bias, residual, *given), real("batch_norm", "eps", eps), kind)
     if training and input.numel():
         with torch.no_grad():
             unbiased = values / (values - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, real, reduction_of, wide, wide_dtype
 
 cross_entropy_fwd = compiled("cross_entropy_fwd")
 cross_entropy_bwd = compiled("cross_entropy_bwd")
@@ -89,6 +89,34 @@ class CrossEntropyFn(Function):
         return dx, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
+def loss_numbers(op: str, label_smoothing, z_loss, logit_softcap, logit_scale) -> tuple[float, float, float, float]:
+    """As the kernels take them: no soft cap is 0."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
+    cap = 0.0 if logit_softcap is None or logit_softcap == math.inf else real(op, "logit_softcap", logit_softcap)
+    return real(op, "label_smoothing", label_smoothing), real(op, "z_loss", z_loss), cap, real(op, "logit_scale", logit_scale)
+
+
+def loss_items(op: str, reduction: str, num_items, empty: str) -> tuple[float, Tensor | None]:
+    """The divisor as a number, 0 if there is none, and as a tensor."""
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"{op}: empty must be 'nan' or 'zero', got {empty!r}")
+    if num_items is None:
+        return 0.0, None
+    if reduction != "mean":
+        raise ValueError(f"{op}: num_items is the divisor of reduction='mean', got reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise RuntimeError(f"{op}: num_items must be a number or have no dimension, got {list(num_items.shape)}")
+        return 0.0, num_items
+    items = real(op, "num_items", num_items)
+    if not items > 0:
+        raise ValueError(f"{op}: num_items must be positive, got {items}")
+    return items, None
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -155,26 +183,15 @@ def cross_entropy(
         return handle_torch_function(cross_entropy, (input, target, weight), *args, **extra, return_lse=return_lse, empty=empty)
     check_tensor("cross_entropy", "input", input)
     check_tensor("cross_entropy", "target", target)
-    if size_average is not None or reduce is not None:
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-        warnings.warn("cross_entropy: size_average and reduce are deprecated, use reduction", stacklevel=2)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"cross_entropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if empty not in ("nan", "zero"):
-        raise ValueError(f"cross_entropy: empty must be 'nan' or 'zero', got {empty!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"cross_entropy: logit_softcap must be positive or None, got {logit_softcap}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"cross_entropy: num_items is the divisor of reduction='mean', got reduction={reduction!r}")
+    reduction = reduction_of("cross_entropy", reduction, size_average, reduce)
+    numbers = loss_numbers("cross_entropy", label_smoothing, z_loss, logit_softcap, logit_scale)
+    items, num_items = loss_items("cross_entropy", reduction, num_items, empty)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input must have at least one dimension, got a scalar")
     if target.is_floating_point():
-        extra = (z_loss, logit_softcap, logit_scale, num_items, return_lse, empty)
-        if extra != (0.0, None, 1.0, None, False, "nan"):
-            raise ValueError("cross_entropy: probability targets take torch's own options only, got " + str(extra))
-        _op.fall_back("cross_entropy", "targets are probabilities", input.device)
+        if numbers[1:] != (0.0, 0.0, 1.0) or items or num_items is not None or return_lse or empty != "nan":
+            raise ValueError("cross_entropy: z_loss, logit_softcap, logit_scale, num_items, return_lse and empty go with class indices")
+        _op.fall_back("cross_entropy", "targets are probabilities", input)
         return F.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     sizes, dims = input.shape, input.dim()
     if dims != 2 or target.dim() != 1 or target.shape[0] != sizes[0]:  # the usual case first: slices of sizes are slow
@@ -191,14 +208,9 @@ def cross_entropy(
         if weight.shape != (classes,):
             raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
         weight = weight.detach()
-    items = 0.0
-    if num_items is not None and not isinstance(num_items, Tensor):
-        items, num_items = float(num_items), None
-        if not items > 0:
-            raise ValueError(f"cross_entropy: num_items must be positive, got {items}")
     loss, lse = CrossEntropyFn.call(
-        (input, target, weight, num_items), int(ignore_index), float(label_smoothing), float(z_loss), float(logit_softcap or 0.0),
-        float(logit_scale), reduction != "none", reduction == "mean", items, empty == "zero", autocast(input), return_lse,
+        (input, target, weight, num_items), int(ignore_index), *numbers, reduction != "none",
+        reduction == "mean", items, empty == "zero", autocast(input), return_lse,
         outputs=2,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
@@ -297,7 +309,7 @@ CROSS_ENTROPY = Op(
     module=CrossEntropyLoss,
     torch=_like_torch,
     permutes=lambda kwargs: {"input": min(1, kwargs["input"].dim() - 1), "weight": 0, "target": 0},
-    by_reference="integer and complex dtypes, other devices, targets that are probabilities",
+    by_reference="targets that are probabilities",
     saved_bytes=_saved_bytes,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
     shapes=((4, 64), (32768, 256), (1024, 32000), (256, 128256)),

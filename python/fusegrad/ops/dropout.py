@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, wide, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, real, wide, wide_dtype
 
 dropout_fwd = compiled("dropout_fwd")
 dropout_bwd = compiled("dropout_bwd")
@@ -106,10 +106,11 @@ class BiasDropoutAddFn(Function):
         return dx, dbias, dy if ctx.needs_input_grad[2] else None, None, None
 
 
-def _check_p(op: str, p: float) -> float:
+def probability(op: str, p: float) -> float:
+    p = real(op, "p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: p must be in [0, 1], got {p}")
-    return float(p)
+    return p
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -145,7 +146,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if has_torch_function((input,)):
         return handle_torch_function(dropout, (input,), input, p, training, inplace)
     check_tensor("dropout", "input", input)
-    p = _check_p("dropout", p)
+    p = probability("dropout", p)
     if not (input.is_floating_point() or input.is_complex()):
         raise TypeError(f"dropout: input must be a floating-point tensor, got {input.dtype}")
     if p == 0 or not training:
@@ -187,7 +188,7 @@ def bias_dropout_add(input: Tensor, bias: Tensor | None, residual: Tensor, p: fl
         return handle_torch_function(bias_dropout_add, (input, bias, residual), input, bias, residual, p, training)
     check_tensor("bias_dropout_add", "input", input)
     check_tensor("bias_dropout_add", "residual", residual)
-    p = _check_p("bias_dropout_add", p) if training else 0.0
+    p = probability("bias_dropout_add", p) if training else 0.0
     if input.dim() == 0:
         raise RuntimeError("bias_dropout_add: input must have at least one dimension, got a scalar")
     if residual.shape != input.shape or residual.dtype != input.dtype:
@@ -196,7 +197,8 @@ def bias_dropout_add(input: Tensor, bias: Tensor | None, residual: Tensor, p: fl
         raise error(f"bias_dropout_add: residual must have the dtype and shape of input ({expected}), got {fact}")
     if bias is not None and bias.shape != input.shape[-1:]:
         raise RuntimeError(f"bias_dropout_add: bias must have shape {list(input.shape[-1:])}, got {list(bias.shape)}")
-    return BiasDropoutAddFn.call((input, bias, residual, draw_seed(input)), p)
+    seed = draw_seed(input) if p > 0 else input.new_zeros((), dtype=torch.int64)  # without a dropout no number is drawn
+    return BiasDropoutAddFn.call((input, bias, residual, seed), p)
 
 
 class Dropout(torch.nn.Dropout):
@@ -211,7 +213,7 @@ class BiasDropoutAdd(torch.nn.Module):
 
     def __init__(self, num_features: int, p: float = 0.5, bias: bool = True, device=None, dtype=None):
         super().__init__()
-        self.num_features, self.p = num_features, _check_p("BiasDropoutAdd", p)
+        self.num_features, self.p = num_features, probability("BiasDropoutAdd", p)
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None)
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
@@ -268,7 +270,6 @@ DROPOUT = Op(
     module=Dropout,
     torch=torch.nn.functional.dropout,
     random=True,
-    by_reference="complex dtypes, other devices",
     saved_bytes=lambda kwargs: 8,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), p=0.1),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, wide
+from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, real, wide
 
 l2_norm_fwd = compiled("l2_norm_fwd")
 l2_norm_bwd = compiled("l2_norm_bwd")
@@ -157,9 +157,9 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
         return handle_torch_function(normalize, (input, out), input, p, dim, eps, out)
     x, at = _along("normalize", input, dim)
     if p == 2:
-        y = NormalizeFn.call((x,), at, float(eps))
+        y = NormalizeFn.call((x,), at, real("normalize", "eps", eps))
     else:
-        fall_back("normalize", f"there is no kernel for p = {p}", x.device)
+        fall_back("normalize", f"there is no kernel for p = {p}", x)
         y = normalize_reference(x, at, eps, p)
     if out is None:
         return y
@@ -223,7 +223,7 @@ NORMALIZE = Op(
     samples=_normalize_samples,
     torch=torch.nn.functional.normalize,
     permutes=lambda kwargs: {"input": kwargs["dim"]},
-    by_reference="p other than 2, integer and complex dtypes, other devices",
+    by_reference="p other than 2",
     saved_bytes=lambda kwargs: kwargs["input"].nbytes,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), dim=1),
 )

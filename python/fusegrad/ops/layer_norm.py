@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_normalized_shape, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_normalized_shape, compiled, real, wide, wide_dtype
 
 layer_norm_fwd = compiled("layer_norm_fwd")
 layer_norm_bwd = compiled("layer_norm_bwd")
@@ -105,7 +105,7 @@ def layer_norm(
     dims = check_normalized_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight, bias = (t if t is None else t.float() for t in (input, weight, bias))
-    return LayerNormFn.call((input, weight, bias), dims, float(eps), outputs=1)
+    return LayerNormFn.call((input, weight, bias), dims, real("layer_norm", "eps", eps), outputs=1)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -7,18 +7,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, wide, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, real, wide_dtype
+from .layer_norm import layer_norm_reference
 
 layer_norm_2d_fwd = compiled("layer_norm_2d_fwd")
 layer_norm_2d_bwd = compiled("layer_norm_2d_bwd")
 
 
 def layer_norm_2d_reference(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    a, shape = wide(x), (-1, *[1] * (x.dim() - 2))
-    var, mean = torch.var_mean(a, 1, correction=0, keepdim=True)
-    y = (a - mean) * torch.rsqrt(var + eps)
-    y = y if w is None else y * wide(w).view(shape)
-    return (y if b is None else y + wide(b).view(shape)).to(x.dtype)
+    return layer_norm_reference(x.movedim(1, -1), w, b, 1, eps).movedim(-1, 1)
 
 
 @torch.library.register_fake("fusegrad::layer_norm_2d_fwd")
@@ -96,7 +93,7 @@ def layer_norm_2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | No
             raise RuntimeError(
                 f"layer_norm_2d: {name} must have shape [{input.shape[1]}] (input is {list(input.shape)}), got {list(p.shape)}"
             )
-    return LayerNorm2dFn.call((input, weight, bias), float(eps), outputs=1)
+    return LayerNorm2dFn.call((input, weight, bias), real("layer_norm_2d", "eps", eps), outputs=1)
 
 
 class LayerNorm2d(torch.nn.LayerNorm):

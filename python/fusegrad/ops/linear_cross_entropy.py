@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, wide, wide_dtype
-from .cross_entropy import cross_entropy, cross_entropy_reference
+from .._op import Op, Sample, autocast, check_tensor, compiled, reduction_of, wide, wide_dtype
+from .cross_entropy import cross_entropy, cross_entropy_reference, loss_items, loss_numbers
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = compiled("linear_cross_entropy_bwd")
@@ -229,33 +229,21 @@ def linear_cross_entropy(
     _check(op, input, linear_weight, target, linear_bias)
     if input.dim() > 2:
         raise RuntimeError(f"{op}: input must have one or two dimensions, got {list(input.shape)}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if empty not in ("nan", "zero"):
-        raise ValueError(f"{op}: empty must be 'nan' or 'zero', got {empty!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"{op}: num_items is the divisor of reduction='mean', got reduction={reduction!r}")
+    reduction_of(op, reduction)
+    numbers, divisor = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale), num_items
+    items, num_items = loss_items(op, reduction, num_items, empty)
     chunk = _chunk(op, options, input)
     if linear_weight.dim() > 2 or target.is_floating_point():
         return _whole_logits(
             input, linear_weight, target, linear_bias, weight, ignore_index,
             dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, logit_softcap=logit_softcap,
-                 logit_scale=logit_scale, num_items=num_items, return_lse=return_lse, empty=empty),
+                 logit_scale=logit_scale, num_items=divisor, return_lse=return_lse, empty=empty),
         )  # fmt: skip
     _check_labels(op, input, target)
     if weight is not None:
         if weight.shape != linear_weight.shape[:1]:
             raise RuntimeError(f"{op}: weight must have one element per class ({list(linear_weight.shape[:1])}), got {list(weight.shape)}")
         weight = weight.detach()
-    items = 0.0
-    if num_items is not None and not isinstance(num_items, Tensor):
-        items, num_items = float(num_items), None
-        if not items > 0:
-            raise ValueError(f"{op}: num_items must be positive, got {items}")
     single, reduce = input.dim() == 1, reduction != "none"
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
@@ -264,7 +252,7 @@ def linear_cross_entropy(
     needed = [at_once and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
     loss, lse = LinearCrossEntropyFn.call(
         (input, linear_weight, target, linear_bias, weight, num_items), -100 if ignore_index is None else int(ignore_index),
-        float(label_smoothing), float(z_loss), float(logit_softcap or 0.0), float(logit_scale), reduce, reduction == "mean", items,
+        *numbers, reduce, reduction == "mean", items,
         empty == "zero", autocast(input), return_lse, chunk, needed, outputs=2,
     )  # fmt: skip
     if single:
@@ -279,7 +267,7 @@ def _whole_logits(x, w, target, b, class_weight, ignore_index, options):
         raise ValueError(f"{op}: ignore_index goes with class indices, got {ignore_index} and a target of probabilities")
     if w.dim() > 2 and x.dim() == 1:
         raise RuntimeError(f"{op}: input must be [N, H] with a linear_weight of several dimensions {list(w.shape)}, got {list(x.shape)}")
-    _op.fall_back(op, "targets are probabilities" if probabilities else "linear_weight has more than two dimensions", x.device)
+    _op.fall_back(op, "targets are probabilities" if probabilities else "linear_weight has more than two dimensions", x)
     z = F.linear(x, w.reshape(-1, w.shape[-1]), None if b is None else b.reshape(-1)).reshape(*x.shape[:-1], *w.shape[:-1])
     return cross_entropy(z, target, class_weight, ignore_index=-100 if ignore_index is None else ignore_index, **options)
 
@@ -339,14 +327,13 @@ def linear_token_log_probs(
     if linear_weight.dim() > 2:
         raise RuntimeError(f"{op}: linear_weight must have two dimensions, got {list(linear_weight.shape)}")
     _check_labels(op, input, target)
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
+    *_, cap, factor = loss_numbers(op, 0.0, 0.0, logit_softcap, logit_scale)
     shape = target.shape
     if input.dim() != 2:
         input, target = input.reshape(math.prod(shape), input.shape[-1]), target.reshape(math.prod(shape))
     log_probs, lse = LinearTokenLogProbsFn.call(
-        (input, linear_weight, target, linear_bias), -100 if ignore_index is None else int(ignore_index), float(logit_softcap or 0.0),
-        float(logit_scale), bool(wide), return_lse, _chunk(op, options, input), outputs=2,
+        (input, linear_weight, target, linear_bias), -100 if ignore_index is None else int(ignore_index), cap, factor,
+        bool(wide), return_lse, _chunk(op, options, input), outputs=2,
     )  # fmt: skip
     if len(shape) != 1:
         log_probs, lse = log_probs.reshape(shape), lse if lse is None else lse.reshape(shape)
@@ -512,7 +499,7 @@ LINEAR_CROSS_ENTROPY = Op(
     module=LinearCrossEntropyLoss,
     torch=_like_torch if hasattr(F, "linear_cross_entropy") else None,
     permutes=lambda kwargs: {"input": -1, "linear_weight": -1},
-    by_reference="integer and complex dtypes, other devices, targets that are probabilities, weights of more than two dimensions",
+    by_reference="targets that are probabilities, weights of more than two dimensions",
     layout_bits=False,
     gemm="wide",
     workspace=_workspace,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, warn, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, real, reduction_of, warn, wide, wide_dtype
 
 losses_fwd = compiled("losses_fwd")
 losses_bwd = compiled("losses_bwd")
@@ -160,23 +160,17 @@ class JSDivFn(_LossFn):
     reference = staticmethod(js_div_reference)
 
 
-def _reduction(op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
-    """The reduction that is meant; size_average and reduce are torch's old names for it, and win."""
-    if size_average is not None or reduce is not None:
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-        warn(f"{op}: size_average and reduce are deprecated, use reduction", stacklevel=4)
-    known = [r for r in REDUCTIONS if r != "batchmean" or op in ("kl_div", "js_div")]
-    if reduction not in known:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(known)}, got {reduction!r}")
-    return reduction
-
-
 def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b=0.0, log_target=False):
     """Dtypes, shapes and weights as torch has them, then the kernel."""
     op = fn.op
     for name, value in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos)):
         if value is not None or name in ("input", "target"):
             check_tensor(op, name, value)
+    if input.is_complex() or target.is_complex():
+        if kind != L1 or weight is not None:
+            raise TypeError(f"{op}: input and target must be real, got {input.dtype} and {target.dtype}")
+        fall_back(op, "there is no kernel for complex numbers", input)
+        return F.l1_loss(input, target, reduction=reduction)
     if kind <= HUBER and weight is not None and weight.shape != input.shape:
         raise ValueError(f"{op}: weight must have the shape of input ({list(input.shape)}), got {list(weight.shape)}")
     if kind in (BCE, FOCAL) and target.shape != input.shape:
@@ -191,7 +185,7 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         if other is not None and (other.dim() > 0 or input.dim() == 0 or not dtype.is_floating_point):
             dtype = torch.promote_types(dtype, other.dtype)
     result = target.dtype if kind == BCE and target.is_floating_point() else dtype  # a quirk of torch's
-    if kind <= KL and kind != FOCAL and autocast(input):
+    if autocast(input):
         result = dtype = torch.promote_types(dtype, torch.float32)
     if not target.is_floating_point() and target.dtype != torch.bool:
         target = target.to(dtype)
@@ -223,7 +217,7 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         wrong = "weight" if weight is not None and not _expands(weight, x.shape) else "pos_weight"
         fact = list((weight if wrong == "weight" else pos).shape)
         raise RuntimeError(f"{op}: {wrong} must broadcast to the input's shape {list(x.shape)}, got {fact}") from None
-    loss = fn.call((x, target, weight, pos), kind, float(a), float(b), bool(log_target), code, wide_out, outputs=1).to(result)
+    loss = fn.call((x, target, weight, pos), kind, a, b, bool(log_target), code, wide_out, outputs=1).to(result)
     return loss if divisor is None else loss / divisor
 
 
@@ -295,7 +289,7 @@ def mse_loss(
         args = (input, target, size_average, reduce, reduction, weight)
         return handle_torch_function(mse_loss, (input, target, weight), *args)
     _warn_of_sizes("mse_loss", input, target)
-    return _loss(MSELossFn, MSE, input, target, _reduction("mse_loss", reduction, size_average, reduce), weight=weight)
+    return _loss(MSELossFn, MSE, input, target, reduction_of("mse_loss", reduction, size_average, reduce), weight=weight)
 
 
 @_documented
@@ -336,7 +330,7 @@ def l1_loss(
         args = (input, target, size_average, reduce, reduction, weight)
         return handle_torch_function(l1_loss, (input, target, weight), *args)
     _warn_of_sizes("l1_loss", input, target)
-    return _loss(L1LossFn, L1, input, target, _reduction("l1_loss", reduction, size_average, reduce), weight=weight)
+    return _loss(L1LossFn, L1, input, target, reduction_of("l1_loss", reduction, size_average, reduce), weight=weight)
 
 
 @_documented
@@ -378,7 +372,8 @@ def huber_loss(
     if not delta > 0:
         raise RuntimeError(f"huber_loss: delta must be positive, got {delta}")
     _warn_of_sizes("huber_loss", input, target)
-    return _loss(HuberLossFn, HUBER, input, target, _reduction("huber_loss", reduction), weight=weight, a=delta)
+    delta = real("huber_loss", "delta", delta)
+    return _loss(HuberLossFn, HUBER, input, target, reduction_of("huber_loss", reduction), weight=weight, a=delta)
 
 
 @_documented
@@ -420,8 +415,8 @@ def smooth_l1_loss(
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss: beta must not be negative, got {beta}")
     _warn_of_sizes("smooth_l1_loss", input, target)
-    reduction = _reduction("smooth_l1_loss", reduction, size_average, reduce)
-    return _loss(SmoothL1LossFn, SMOOTH_L1 if beta else L1, input, target, reduction, a=beta)
+    reduction = reduction_of("smooth_l1_loss", reduction, size_average, reduce)
+    return _loss(SmoothL1LossFn, SMOOTH_L1 if beta else L1, input, target, reduction, a=real("smooth_l1_loss", "beta", beta))
 
 
 @_documented
@@ -464,7 +459,7 @@ def binary_cross_entropy_with_logits(
     if has_torch_function((input, target, weight, pos_weight)):
         args = (input, target, weight, size_average, reduce, reduction, pos_weight)
         return handle_torch_function(binary_cross_entropy_with_logits, (input, target, weight, pos_weight), *args)
-    reduction = _reduction("binary_cross_entropy_with_logits", reduction, size_average, reduce)
+    reduction = reduction_of("binary_cross_entropy_with_logits", reduction, size_average, reduce)
     return _loss(BinaryCrossEntropyWithLogitsFn, BCE, input, target, reduction, weight=weight, pos=pos_weight)
 
 
@@ -499,7 +494,9 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma
     """
     if has_torch_function((input, target)):
         return handle_torch_function(sigmoid_focal_loss, (input, target), input, target, alpha, gamma, reduction)
-    return _loss(SigmoidFocalLossFn, FOCAL, input, target, _reduction("sigmoid_focal_loss", reduction), a=alpha, b=gamma)
+    op = "sigmoid_focal_loss"
+    a, b = real(op, "alpha", alpha), real(op, "gamma", gamma)
+    return _loss(SigmoidFocalLossFn, FOCAL, input, target, reduction_of(op, reduction), a=a, b=b)
 
 
 @_documented
@@ -541,7 +538,7 @@ def kl_div(
         return handle_torch_function(kl_div, (input, target), input, target, size_average, reduce, reduction, log_target)
     if size_average is None and reduce is None and reduction == "mean":
         warn("kl_div: reduction='mean' divides by all elements; 'batchmean' is the divergence")
-    reduction = _reduction("kl_div", reduction, size_average, reduce)
+    reduction = reduction_of("kl_div", reduction, size_average, reduce, known=tuple(REDUCTIONS))
     return _loss(KLDivFn, KL, input, target, reduction, log_target=log_target)
 
 
@@ -578,7 +575,8 @@ def js_div(input: Tensor, target: Tensor, beta: float = 0.5, reduction: str = "b
         return handle_torch_function(js_div, (input, target), input, target, beta, reduction, log_target)
     if not 0 < beta < 1:
         raise ValueError(f"js_div: beta must be between 0 and 1 (at the ends the divergence is 0: see kl_div), got {beta}")
-    return _loss(JSDivFn, JS, input, target, _reduction("js_div", reduction), a=beta, log_target=log_target)
+    reduction, beta = reduction_of("js_div", reduction, known=tuple(REDUCTIONS)), real("js_div", "beta", beta)
+    return _loss(JSDivFn, JS, input, target, reduction, a=beta, log_target=log_target)
 
 
 class MSELoss(torch.nn.MSELoss):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, wide
+from .._op import Op, Sample, autocast, check_tensor, compiled, real, wide
 
 pointwise_fwd = compiled("pointwise_fwd")
 pointwise_bwd = compiled("pointwise_bwd")
@@ -22,12 +22,6 @@ def _(x, number, factor):
 @torch.library.register_fake("fusegrad::pointwise_bwd")
 def _(dy, saved, number, factor):
     return torch.empty_like(dy)
-
-
-def _number(op: str, name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: {name} must be a number (no gradient flows to it), got {type(value).__name__}")
-    return float(value)
 
 
 # --- scale: saves nothing ----------------------------------------------------------------------------------------------------
@@ -79,7 +73,7 @@ def scale(input: Tensor, factor: float) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(scale, (input,), input, factor)
     check_tensor("scale", "input", input)
-    return ScaleFn.call((input,), _number("scale", "factor", factor))
+    return ScaleFn.call((input,), real("scale", "factor", factor))
 
 
 class Scale(torch.nn.Module):
@@ -273,7 +267,7 @@ def grad_reverse(input: Tensor, alpha: float = 1.0) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(grad_reverse, (input,), input, alpha)
     check_tensor("grad_reverse", "input", input)
-    return GradReverseFn.call((input,), _number("grad_reverse", "alpha", alpha))
+    return GradReverseFn.call((input,), real("grad_reverse", "alpha", alpha))
 
 
 class GradientReversal(torch.nn.Module):

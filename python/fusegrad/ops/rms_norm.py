@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_normalized_shape, compiled, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_normalized_shape, compiled, real, wide, wide_dtype
 
 rms_norm_fwd = compiled("rms_norm_fwd")
 rms_norm_bwd = compiled("rms_norm_bwd")
@@ -117,7 +117,7 @@ def rms_options(op: str, input: Tensor, eps: float | None, weight_offset: float,
         raise ValueError(f"{op}: cast_order must be 'torch' or 'llama', got {cast_order!r}")
     if eps is None:
         eps = torch.finfo(wide_dtype(input)).eps if input.is_floating_point() or input.is_complex() else 0.0
-    return float(eps), float(weight_offset), cast_order == "llama"
+    return real(op, "eps", eps), real(op, "weight_offset", weight_offset), cast_order == "llama"
 
 
 class RMSNorm(torch.nn.RMSNorm):

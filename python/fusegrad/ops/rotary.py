@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, wide, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, real, wide, wide_dtype
 
 rotary_fwd = compiled("rotary_fwd")
 rotary_bwd = compiled("rotary_bwd")
@@ -19,8 +20,13 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     z, rest = x[..., :rot], x[..., rot:]
     a, b = (z[..., ::2], z[..., 1::2]) if interleaved else (z[..., : rot // 2], z[..., rot // 2 :])
     across = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
-    cos, sin = (t.unsqueeze(-3) if t.dim() == 3 else t for t in (cos, sin))
+    cos, sin = (of_batch(t, x) for t in (cos, sin))
     return torch.cat((z * wide(cos) + across * wide(sin), rest), -1)
+
+
+def of_batch(t: Tensor, x: Tensor) -> Tensor:
+    """A table of its own for each first index of x, or one for all."""
+    return t.view(t.shape[0], *[1] * (x.dim() - 3), *t.shape[1:]) if t.dim() == 3 else t
 
 
 def normed(x: Tensor, w: Tensor | None, eps: float) -> Tensor:
@@ -131,7 +137,7 @@ def _tables(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_id
         if cos.dim() != 2 or position_ids.dim() not in (1, 2) or position_ids.dtype not in (torch.int64, torch.int32):
             fact = f"{position_ids.dtype} {list(position_ids.shape)} and cos {list(cos.shape)}"
             raise RuntimeError(f"{op}: position_ids must be [seq] or [batch, seq] of integers, and cos [positions, rot_dim], got {fact}")
-        cos, sin = cos[position_ids], sin[position_ids]
+        cos, sin = F.embedding(position_ids, cos), F.embedding(position_ids, sin)  # which counts no position from the end
     batch = q.shape[0] if q.dim() > 3 else 1
     if cos.shape[-2] != q.shape[-2] or cos.dim() > 3 or (cos.dim() == 3 and cos.shape[0] not in (1, batch)):
         expected = f"[{q.shape[-2]}, rot_dim] or [{batch}, {q.shape[-2]}, rot_dim] for q {list(q.shape)}"
@@ -180,6 +186,7 @@ def rotary_embedding(
         x, rest = q.float()[..., :rot_dim], q[..., rot_dim:]
         a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
         across = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
+        cos, sin = (t.unsqueeze(-3) if t.dim() == 3 else t for t in (cos, sin))  # of q with four dimensions
         y = torch.cat(((x * cos + across * sin).to(q.dtype), rest), -1)  # k alike
 
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv:2104.09864.
@@ -229,6 +236,7 @@ def qk_norm_rope(
         x, rest = x[..., :rot_dim], x[..., rot_dim:]
         a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
         across = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
+        cos, sin = (t.unsqueeze(-3) if t.dim() == 3 else t for t in (cos, sin))  # of q with four dimensions
         y = torch.cat((x * cos + across * sin, rest), -1).to(q.dtype)  # k alike
 
     Sources: Henry et al., Query-Key Normalization for Transformers, 2020, arXiv:2010.04245; Su et al. 2021, arXiv:2104.09864.
@@ -245,11 +253,12 @@ def qk_norm_rope(
                 raise RuntimeError(f"qk_norm_rope: {name} must have shape {list(q.shape[-1:])} and be on {q.device}, got {fact}")
             if w.dtype not in (q.dtype, wide_dtype(q)):
                 raise TypeError(f"qk_norm_rope: {name} must be {q.dtype} or {wide_dtype(q)}, got {w.dtype}")
-    return _call(QKNormRopeFn, (q, k, q_weight, k_weight), cos, sin, float(eps), bool(interleaved))
+    return _call(QKNormRopeFn, (q, k, q_weight, k_weight), cos, sin, real("qk_norm_rope", "eps", eps), bool(interleaved))
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """`rotary_embedding` of q and k with tables of its own, for positions 0 to max_position - 1; they grow with the sequence.
+    """`rotary_embedding` of q and k with tables of its own, for positions 0 to max_position - 1. They grow with the sequence, but not
+    for `position_ids`, which would have to be looked at.
 
     Args:
         dim: columns that are turned, even: all of a head's, or the first ones.
@@ -274,18 +283,24 @@ class RotaryEmbedding(torch.nn.Module):
         angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), -1)
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
+    def _build(self, positions: int, device, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False):  # they outlive it
+            self.cos, self.sin = self._tables(positions, device, dtype)
+
+    def reset_parameters(self) -> None:
+        self._build(len(self.cos), self.cos.device, self.cos.dtype)
+
     def _apply(self, fn, recurse=True):
-        before = self.cos.dtype
+        before = self.cos
         super()._apply(fn, recurse)
-        if self.cos.dtype != before:  # never rounded: bfloat16 has no room for the angles of far positions
-            dtype = torch.promote_types(self.cos.dtype, torch.float32)
-            self.cos, self.sin = self._tables(len(self.cos), self.cos.device, dtype)
+        if self.cos.dtype != before.dtype or before.is_meta:  # never rounded: bfloat16 has no room for the angles of far positions
+            self._build(len(self.cos), self.cos.device, torch.promote_types(self.cos.dtype, torch.float32))
         return self
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         seq = q.shape[-2]
         if position_ids is None and seq > len(self.cos):
-            self.cos, self.sin = self._tables(max(seq, 2 * len(self.cos)), self.cos.device, self.cos.dtype)
+            self._build(max(seq, 2 * len(self.cos)), self.cos.device, self.cos.dtype)
         cos, sin = (self.cos, self.sin) if position_ids is not None else (self.cos[:seq], self.sin[:seq])
         tables = cos.to(wide_dtype(q)), sin.to(wide_dtype(q))
         return rotary_embedding(q, k, *tables, interleaved=self.interleaved, position_ids=position_ids)
@@ -318,6 +333,7 @@ def _both_samples(make):
     yield "odd_dim", _heads(make, 1, 2, 4, 7)
     yield "nothing_turned", _heads(make, 2, 2, 3, 8, rot=0)
     yield "batched_tables", _heads(make, 3, 2, 4, 18, batch=3)
+    yield "batched_tables_of_five", _heads(make, 2, 2, 3, 4, 6, batch=2)
     yield "position_ids", _heads(make, 2, 2, 5, 12, position_ids=positions(5, classes=9))
     yield "batched_position_ids", _heads(make, 3, 2, 5, 12, position_ids=positions(3, 5, classes=9), interleaved=True)
     yield "packed", _heads(make, 2, 3, 4, 16, packed=True)
@@ -362,7 +378,7 @@ ROTARY_EMBEDDING = Op(
     samples=_rotary_samples,
     module=RotaryEmbedding,
     constants=("cos", "sin"),
-    by_reference="integer and complex dtypes, other devices, cos or sin that requires grad",
+    by_reference="cos or sin that requires grad",
     saved_bytes=_tables_bytes,
     bench=lambda make, rows, cols: _heads(make, rows, cols),
 )
@@ -374,7 +390,7 @@ QK_NORM_ROPE = Op(
     reference=qk_norm_rope_reference,
     samples=_qk_norm_samples,
     constants=("cos", "sin"),
-    by_reference="integer and complex dtypes, other devices, cos or sin that requires grad",
+    by_reference="cos or sin that requires grad",
     saved_bytes=lambda kwargs: _tables_bytes(kwargs) + _norm_bytes(kwargs),
     bench=lambda make, rows, cols: _heads(make, rows, cols) | dict(q_weight=make.param(cols), k_weight=make.param(cols)),
 )

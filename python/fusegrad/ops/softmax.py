@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, warn, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, real, warn, wide, wide_dtype
 
 softmax_fwd = compiled("softmax_fwd")
 softmax_bwd = compiled("softmax_bwd")
@@ -236,7 +236,8 @@ def scaled_masked_softmax(input: Tensor, mask: Tensor | None = None, *, scale: f
         except RuntimeError:
             expected = f"broadcast to the input's shape {list(input.shape)}"
             raise RuntimeError(f"scaled_masked_softmax: mask must {expected}, got {list(mask.shape)}") from None
-    return ScaledMaskedSoftmaxFn.call((input, mask), input.dim() - 1, float(scale), bool(causal), MASKED, outputs=1)
+    scale = real("scaled_masked_softmax", "scale", scale)
+    return ScaledMaskedSoftmaxFn.call((input, mask), input.dim() - 1, scale, bool(causal), MASKED, outputs=1)
 
 
 class Softmax(torch.nn.Softmax):

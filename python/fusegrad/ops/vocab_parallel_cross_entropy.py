@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, wide_dtype
-from .cross_entropy import cross_entropy_reference
+from .._op import Op, Sample, check_tensor, compiled, reduction_of, wide_dtype
+from .cross_entropy import cross_entropy_reference, loss_numbers
 
 vocab_parallel_cross_entropy_fwd = compiled("vocab_parallel_cross_entropy_fwd")
 vocab_parallel_cross_entropy_bwd = compiled("vocab_parallel_cross_entropy_bwd")
@@ -151,20 +151,15 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"{op}: target must have {expected}, got {list(target.shape)}")
     if target.dtype != torch.int64:
         raise RuntimeError(f"{op}: target must be int64 (class indices), got {target.dtype}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
+    reduction_of(op, reduction)
+    numbers = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale)
     rank, world = 0, 1
     if group is not None or (dist.is_available() and dist.is_initialized()):
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise ValueError(f"{op}: group must have this process in it, got one of {world} others")
     loss, lse = VocabParallelCrossEntropyFn.call(
-        (input, target), group, rank, world, int(ignore_index), float(label_smoothing), float(z_loss), float(logit_softcap or 0.0),
-        float(logit_scale), reduction != "none", reduction == "mean", return_lse, outputs=2,
+        (input, target), group, rank, world, int(ignore_index), *numbers, reduction != "none", reduction == "mean", return_lse, outputs=2,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
 
