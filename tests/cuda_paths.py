@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-from test_conformance import drawn, each, each_op, same_bits
+from test_conformance import drawn, each, same_bits
 
 import fusegrad
 from fusegrad._op import OPS, Sample
 from fusegrad._samples import LAYOUTS, lay_out
-from table import DEVICE, F32, PAIRS, Make, call, check, cotangents, laid_out, name_of, run
+from table import BF16, DEVICE, F32, PAIRS, Make, call, check, cotangents, laid_out, name_of, run
 
 
 def check_in_any_order(op, sample, reorder, layout="contiguous"):
@@ -43,10 +43,15 @@ COLS = (1, 2, 7, 8, 31, 32, 33, 64, 127, 128, 255, 256, 1000, 1024, 1025, 4096, 
 SHAPES = [(r, c) for r, c in itertools.product(ROWS, COLS) if r * c <= 80_000]
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "channels_last"])
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(name_of, pair)))
-@each_op
-def test_paths(op, pair, layout, reorder):
+PATHS = [(*pair, "contiguous") for pair in PAIRS]
+PATHS += [(*pair, layout) for pair in ((F32, F32), (BF16, F32)) for layout in LAYOUTS if layout not in ("contiguous", "channels_last")]
+IN_TURNS = [pytest.param(op, id=op.name, marks=pytest.mark.rotating(i % 3)) for i, op in enumerate(OPS.values())]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(name_of, path[:2])) + "-" + path[2])
+@pytest.mark.parametrize("op", IN_TURNS)
+def test_paths(op, path, reorder):
+    *pair, layout = path
     for rows, cols in SHAPES if layout == "contiguous" else SHAPES[::4]:
         sample = Sample(f"{rows}x{cols}", op.bench(Make(*pair, seed=rows), rows, cols))
         check_in_any_order(op, laid_out(sample, layout), reorder, layout)

@@ -60,7 +60,7 @@ def table():
     report = ROOT / "build" / "gpu.xml"
     report.parent.mkdir(exist_ok=True)
     status, seconds, _ = run(
-        *(sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"),
+        *(sys.executable, "-m", "pytest", "-q", "--all", "-n", "8", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"),
         *("tests/test_conformance.py", "tests/test_cuda.py"),
         FUSEGRAD_TEST_DEVICE="cuda",
     )

@@ -49,7 +49,8 @@ def test_every_figure_of_a_small_run(tmp_path):
     for cell in result["cells"]:
         assert {"fusegrad", "eager"} <= cell["sides"].keys() and positive(cell["bytes"]) and positive(cell["copy"])
         for s in cell["sides"].values():
-            assert s.keys() == {"saved", "peak", "forward", "backward", "both"} and positive(s)
+            assert s.keys() == {"saved", "peak", "forward", "backward", "both"}
+            assert s.pop("saved") >= 0 and positive(s)  # some keep nothing
         assert ("native" in cell["sides"]) == (OPS[cell["op"]].torch is not None)
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == len(OPS) and "<script" not in page and "src=" not in page

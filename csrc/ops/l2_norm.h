@@ -132,9 +132,10 @@ struct NormalizeBwd : RowOp {
     sum.dy_x = fma(in.x[kDy], in.x[kX], sum.dy_x);
   }
   template <class S, class At>
-  FUSEGRAD_FN void finish(Row<S>& row, const Sums<S>& sum, const At&) const {
+  FUSEGRAD_FN void finish(Row<S>& row, const Sums<S>& sum, const At& at) const {
     const S norm = sum.squares.root();
-    row.norm = larger(norm, S(eps));
+    // A single element is its sign: exactly no derivative, where a division would raise a rounding to a number.
+    row.norm = at.args.extent.cols == 1 && norm >= S(eps) ? std::numeric_limits<S>::infinity() : larger(norm, S(eps));
     row.dy_y = norm < S(eps) ? S(0) : sum.dy_x / norm;
   }
   template <class T, class A, class R>

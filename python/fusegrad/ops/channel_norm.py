@@ -349,7 +349,8 @@ def _channels(cols: int) -> int:
 def _group_norm_bench(make, rows, cols):
     c = _channels(cols)
     groups = 32 if c == 256 else 4 if c < cols else 1
-    return dict(input=make(rows, c, cols // c), num_groups=groups, weight=make.param(c), bias=make.param(c), activation="silu")
+    pixels = cols // c if cols > 1 else 2  # a single value has no spread
+    return dict(input=make(rows, c, pixels), num_groups=groups, weight=make.param(c), bias=make.param(c), activation="silu")
 
 
 def _batch_norm_bench(make, rows, cols):

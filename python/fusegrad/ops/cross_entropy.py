@@ -267,6 +267,8 @@ def _samples(make):
     yield Sample("weights_smoothing", dict(input=make(6, 40), target=make.labels(6, classes=40, ignore=-100), label_smoothing=0.3,
                                            weight=make.param(40, positive=True)))  # fmt: skip
     yield Sample("z_loss", dict(input=make(5, 30), target=make.labels(5, classes=30, ignore=-100), z_loss=0.05))
+    yield Sample("weights_z_loss", dict(input=make(5, 14), target=make.labels(5, classes=14, ignore=-100), label_smoothing=0.2,
+                                        weight=make.param(14, positive=True), z_loss=0.1, reduction="none"))  # fmt: skip
     yield Sample("softcap", dict(input=make(5, 30, scale=20), target=make.labels(5, classes=30), logit_softcap=15.0, z_loss=1e-2))
     yield Sample("scale", dict(input=make(4, 24, layout="column_strided"), target=make.labels(4, classes=24), logit_scale=0.25,
                                logit_softcap=3.0))  # fmt: skip
