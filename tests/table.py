@@ -8,7 +8,7 @@ import torch
 
 import fusegrad
 from fusegrad import _samples
-from fusegrad._op import OPS, Sample
+from fusegrad._op import OPS, Sample, wide_dtype
 
 DEVICE = os.environ.get("FUSEGRAD_TEST_DEVICE", "cpu")  # where the table's tensors are
 Make = functools.partial(_samples.Make, device=DEVICE)
@@ -150,12 +150,13 @@ def float32(value):
     return value.float() if value.dtype == F64 else value
 
 
-def beside(sample, seed):
-    """The call with other roundings: each number moved by up to a thousandth."""
+def beside(sample, seed, by=1e-3, keep=False):
+    """The call with other roundings: each number moved by up to `by` of it, 16-bit ones to float32 unless they keep their dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def moved(t):
-        return (t.double() * (1 + (torch.rand(t.shape, generator=generator).to(t.device) - 0.5) * 2e-3)).to(t.dtype)
+        factor = 1 + (torch.rand(t.shape, generator=generator).to(t.device) - 0.5) * 2 * by
+        return (t.double() * factor).to(t.dtype if keep else wide_dtype(t))
 
     return Sample(sample.name, sample.kwargs | {k: moved(v) for k, v in tensors(sample).items() if v.is_floating_point()})
 
@@ -173,7 +174,7 @@ def budget(op, sample, cotangent, which=None, stored=None):
     h + 3 E + 4 eps(A) max|r64| (the 4 is `units` in the row), where E is the largest error of the reference in the accumulate type A
     on the inputs as given and on some a little beside them, with the reduced dimension in other orders, and h half an ulp (and 1% of
     it) of a result stored in 16 bits. With a matrix product in 16 bits, whose result is rounded before it is used, E is also that of
-    the reference with all steps in 16 bits, and at least half an eps of theirs."""
+    the reference with all steps in 16 bits."""
     if op.stored is not None:
         with fusegrad.use_reference(), torch.no_grad():
             sample = Sample(sample.name, sample.kwargs | op.stored(sample.kwargs, call(op, sample)))
@@ -199,10 +200,13 @@ def budget(op, sample, cotangent, which=None, stored=None):
     if accumulate == F64:
         errors = {k: e * torch.finfo(F64).eps / torch.finfo(F32).eps for k, e in errors.items()}
     if op.gemm == "torch" and rows.dtype in (F16, BF16):
-        for k, v in stepwise(op, sample, cotangent, which).items():
-            difference, values = (t[t.isfinite()] for t in ((v.to(F64) - r64[k]).abs(), r64[k].abs()))
-            rounded = values * torch.finfo(rows.dtype).eps / 2  # which a few values do not show
-            errors[k] = torch.cat((errors[k].reshape(1), difference, rounded)).max()
+        eps = torch.finfo(rows.dtype).eps
+        for seed in range(4):
+            near = beside(sample, seed, 2 * eps, keep=True) if seed else sample
+            exact = reference(op, near, F64, cotangent, which) if seed else r64
+            for k, v in stepwise(op, near, cotangent, which).items():
+                difference = (v.to(F64) - exact[k]).abs()
+                errors[k] = torch.cat((errors[k].reshape(1), difference[difference.isfinite()])).max()
     allowed = {}
     for k, r in r64.items():
         finite = r[r.isfinite()].abs()

@@ -128,13 +128,14 @@ struct RowArgs {
   }
 };
 
-// Whether the columns of a row are next to each other, in the results or, without any, in the first input. Where they are not, the
-// rows usually are (channels of an image), and a driver that can works on several of those at a time.
+// Whether the columns of a row are next to each other, in the results (one that is not asked for may say how it would lie) or,
+// without any, in the first input. Where they are not, the rows usually are (channels of an image), and a driver that can works on
+// several of those at a time.
 template <class Op>
 bool along(const RowArgs<Op>& a) {
   for (int i = 0; i < Op::out; ++i)
     if (a.out[i].data) return a.out[i].col == 1;
-  return a.in[0].col == 1;
+  return (Op::out > 0 ? a.out[0].col : a.in[0].col) == 1;
 }
 
 template <class Op>

@@ -216,6 +216,12 @@ def cross_entropy(
     return (loss, lse) if return_lse else loss
 
 
+def described(options: dict) -> str:
+    """Those that are not as torch's loss is."""
+    usual = dict(z_loss=0.0, logit_softcap=None, logit_scale=1.0, return_lse=False, empty="nan")
+    return ", ".join(f"{k}={v!r}" for k, v in options.items() if v != usual[k])
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` with a fused forward and backward, and the further options of `cross_entropy`."""
 
@@ -236,6 +242,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.options = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, return_lse=return_lse, empty=empty)
+
+    def extra_repr(self) -> str:
+        return described(self.options)
 
     def forward(self, input: Tensor, target: Tensor, num_items: float | Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return cross_entropy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
@@ -18,8 +19,8 @@ def norm_reference(x: Tensor, dim: int) -> Tensor:
     return n.to(x.dtype) if x.is_floating_point() else n
 
 
-def normalize_reference(x: Tensor, dim: int, eps: float, p: float = 2.0) -> Tensor:
-    return (wide(x) / torch.linalg.vector_norm(wide(x), p, dim, keepdim=True).clamp_min(eps)).to(x.dtype)
+def normalize_reference(x: Tensor, dim: int, eps: float) -> Tensor:
+    return (wide(x) / torch.linalg.vector_norm(wide(x), 2, dim, keepdim=True).clamp_min(eps)).to(x.dtype)
 
 
 @torch.library.register_fake("fusegrad::l2_norm_fwd")
@@ -133,8 +134,8 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
 
     Args:
         input: `[*, n, *]`, float32, float64, float16 or bfloat16, any layout. Sums are taken in float32 (float64 for float64).
-        p: the exponent of the norm. 2 is fused; others go through the reference.
-        dim: the dimension to sum over.
+        p: the exponent of the norm. 2 is fused, torch's function does others.
+        dim: the dimension to sum over, or, by torch's function, several.
         eps: the least that is divided by.
         out: gets the result, which then has no gradient; as in torch it may have another dtype that the result fits into.
 
@@ -155,12 +156,12 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
     """
     if has_torch_function((input, out)):
         return handle_torch_function(normalize, (input, out), input, p, dim, eps, out)
+    check_tensor("normalize", "input", input)
+    if p != 2 or not isinstance(dim, int):
+        fall_back("normalize", f"there is no kernel for p = {p}" if p != 2 else "there is no kernel for several dimensions", input)
+        return F.normalize(input, p, dim, eps, out)
     x, at = _along("normalize", input, dim)
-    if p == 2:
-        y = NormalizeFn.call((x,), at, real("normalize", "eps", eps))
-    else:
-        fall_back("normalize", f"there is no kernel for p = {p}", x)
-        y = normalize_reference(x, at, eps, p)
+    y = NormalizeFn.call((x,), at, real("normalize", "eps", eps))
     if out is None:
         return y
     if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
@@ -223,7 +224,7 @@ NORMALIZE = Op(
     samples=_normalize_samples,
     torch=torch.nn.functional.normalize,
     permutes=lambda kwargs: {"input": kwargs["dim"]},
-    by_reference="p other than 2",
+    by_reference="p other than 2, several dimensions",
     saved_bytes=lambda kwargs: kwargs["input"].nbytes,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), dim=1),
 )

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import _op
 from .._autograd import Function, differentiable
 from .._op import Op, Sample, autocast, check_tensor, compiled, reduction_of, wide, wide_dtype
-from .cross_entropy import cross_entropy, cross_entropy_reference, loss_items, loss_numbers
+from .cross_entropy import cross_entropy, cross_entropy_reference, described, loss_items, loss_numbers
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = compiled("linear_cross_entropy_bwd")
@@ -366,6 +366,9 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Head))
             weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
         )  # fmt: skip
         self.extra = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, return_lse=return_lse, empty=empty)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), described(self.extra))))
 
     def forward(self, input: Tensor, target: Tensor, num_items: float | Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         w, b = self.linear.weight, self.linear.bias

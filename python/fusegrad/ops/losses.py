@@ -185,7 +185,7 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         if other is not None and (other.dim() > 0 or input.dim() == 0 or not dtype.is_floating_point):
             dtype = torch.promote_types(dtype, other.dtype)
     result = target.dtype if kind == BCE and target.is_floating_point() else dtype  # a quirk of torch's
-    if autocast(input):
+    if kind <= KL and kind != FOCAL and autocast(input):  # of torch's functions
         result = dtype = torch.promote_types(dtype, torch.float32)
     if not target.is_floating_point() and target.dtype != torch.bool:
         target = target.to(dtype)
@@ -238,7 +238,8 @@ _SHARED = {
     "REDUCTION": """reduction: "mean", "sum" or "none".""",
     "LEGACY": """size_average, reduce: torch's old names for `reduction`.""",
     "RETURNS": """The loss, a scalar, or for "none" the shape of `input`; in the dtype that input and target promote to, or
-        what torch makes of them (float32 under autocast), computed in float32 (float64 for float64). Saved for backward: the arguments.""",
+        what torch, if it has the function, makes of them (float32 under autocast). Computed in float32 (float64 for float64). Saved
+        for backward: the arguments.""",
     "RAISES": """ValueError: an unknown reduction, a shape that does not fit. RuntimeError: shapes that do not broadcast, two devices, a
         tensor that is not dense. TypeError: an argument that is no tensor.""",
 }
