@@ -61,7 +61,7 @@ class Run:
 
 def agreement(exact, theirs, ours):
     """(how far fusegrad is from the float64 run, how far torch.nn is, the limit)."""
-    errors = [(torch.tensor(run.losses) - torch.tensor(exact.losses))[:STEPS].abs().max().item() for run in (ours, theirs)]
+    errors = [max(abs(a - b) for a, b in zip(run.losses[:STEPS], exact.losses[:STEPS])) for run in (ours, theirs)]
     return *errors, SLACK * errors[1] + FLOOR
 
 
