@@ -217,9 +217,13 @@ def test_errors():
         (
             lambda: fused.mse_loss(x, t, reduction="average"),
             ValueError,
-            "mse_loss: reduction must be one of none, sum, mean, got 'average'",
+            "mse_loss: reduction must be 'mean', 'sum' or 'none', got 'average'",
         ),
-        (lambda: fused.mse_loss(x, t, reduction="batchmean"), ValueError, "mse_loss: reduction must be one of none, sum, mean, got 'batch"),
+        (
+            lambda: fused.mse_loss(x, t, reduction="batchmean"),
+            ValueError,
+            "mse_loss: reduction must be 'mean', 'sum' or 'none', got 'batch",
+        ),
         (lambda: fused.huber_loss(x, t, delta=0.0), RuntimeError, "huber_loss: delta must be positive, got 0.0"),
         (lambda: fused.smooth_l1_loss(x, t, beta=-1.0), RuntimeError, "smooth_l1_loss: beta must not be negative, got -1.0"),
         (

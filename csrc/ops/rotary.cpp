@@ -175,8 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_bwd(const OptTensor& dq_out,  
   const OptTensor* const w[2] = {&q_weight, &k_weight};
   const OptTensor* const rstd[2] = {&q_rstd, &k_rstd};
   Tensor dx[2], dw[2];
+  const bool sums = needed[2] || needed[3];  // have the same bits whatever else is asked for: both sides are walked
   for (int i = 0; i < 2; ++i) {
-    if (!given(*dy[i]) || !(needed[i] || needed[2 + i])) continue;
+    if (!given(*dy[i]) || !(needed[i] || sums)) continue;
     RotaryArgs::Side& side = call.args.side[i];
     call.add(i, **dy[i], cos, sin);
     call.place(i, side.in, **dy[i], "gradient");

@@ -176,7 +176,8 @@ def reduction_of(
         reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
         warn(f"{op}: size_average and reduce are deprecated, use reduction", stacklevel=4)
     if reduction not in known:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, known))}, got {reduction!r}")
+        expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise ValueError(f"{op}: reduction must be {expected}, got {reduction!r}")
     return reduction
 
 
