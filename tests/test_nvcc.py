@@ -59,7 +59,8 @@ def test_nvcc(source, arch, tmp_path):
     header = source.with_name(source.name.replace("_cuda.cu", ".h")).read_text()
     listed = re.findall(r"FUSEGRAD_(ROWS|ANY_ROWS|MAP)\((\w+)(?:<.*>)?\)", source.read_text())
     for kind, op in dict.fromkeys(listed):  # of a template, all that is listed of it
-        sizes = re.search(rf"struct {op} : .*?static constexpr int (.*?);", header, re.S)[1]
+        base, sizes = re.search(rf"struct {op} : (\w+).*?static constexpr int (.*?);", header, re.S).groups()
+        sizes += (re.search(rf"struct {base} : .*?static constexpr int (.*?);", header, re.S) or ["", ""])[1]
         sizes = {k: int(v) for k, v in re.findall(r"(\w+) = (\d+)", sizes)}
         for driver in {"ROWS": ["RowsCuda"], "ANY_ROWS": ["RowsCuda", "AcrossCuda"], "MAP": ["MapCuda"]}[kind]:
             own = {key[1:]: text for key, (text, _, _) in found.items() if key[0] == driver and key[1].partition("<")[0] == op}

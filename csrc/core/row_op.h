@@ -43,6 +43,7 @@ struct MapOp {
   static constexpr int scalar_out = 0;
   static constexpr double absent = 1;      // what a parameter or a mixed input that is not given stands for
   static constexpr bool numbered = false;  // map ops without sums only
+  static constexpr int packs = 4;          // row ops: of an input, held by a CUDA thread at most; fewer where registers would spill
 
   FUSEGRAD_FN void begin() {}
 };

@@ -38,7 +38,7 @@ class RowsCuda {
   static constexpr int tile_packs(int k) { return k > 1 && k * kKept > 72 ? tile_packs(k / 2) : k; }
 
  public:
-  static constexpr int K = tile_packs(packed ? 4 : 32 / sizeof(T));
+  static constexpr int K = tile_packs(packed ? Op::packs : Op::packs * 8 / sizeof(T));
   static constexpr int kMaxThreads = kMaxTeam;
   // Without a reduction, a team can take a single tile as well as a row.
   static constexpr bool kByTiles = length(typename Op::template Sweeps<S>{}) == 0 && Op::col_out == 0;

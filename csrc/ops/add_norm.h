@@ -107,13 +107,13 @@ struct AddRMSNormFwd : NormOfSum<RMSNormFwd> {
   static constexpr int in = 2, params = 1, out = 2, scalar_out = 1;
 };
 struct AddRMSNormBwd : NormOfSumBwd<RMSNormBwd> {
-  static constexpr int in = 3, params = 1, out = 2, col_out = 1, scalar_in = 1;
+  static constexpr int in = 3, params = 1, out = 2, col_out = 1, scalar_in = 1, packs = 2;
 };
 struct AddLayerNormFwd : NormOfSum<LayerNormFwd> {
   static constexpr int in = 2, params = 2, out = 2, scalar_out = 2;
 };
 struct AddLayerNormBwd : NormOfSumBwd<LayerNormBwd> {
-  static constexpr int in = 3, params = 1, out = 2, col_out = 2, scalar_in = 2;
+  static constexpr int in = 3, params = 1, out = 2, col_out = 2, scalar_in = 2, packs = 1;
 };
 
 }  // namespace fusegrad

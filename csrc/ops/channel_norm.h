@@ -201,7 +201,7 @@ struct ChannelTotals : RowOp {
 };
 
 struct ChannelNormBwd : RowOp {
-  static constexpr int in = 3, out = 2, scalar_in = 6;
+  static constexpr int in = 3, out = 2, scalar_in = 6, packs = 2;
   enum { kX, kDy, kR, kDx = 0, kDr, kG = 4, kGH };
   ChannelRow channel;
   double m;       // elements of a set

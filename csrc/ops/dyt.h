@@ -35,7 +35,7 @@ struct DyTFwd : RowOp {
 };
 
 struct DyTBwd : RowOp {
-  static constexpr int in = 2, params = 1, out = 1, col_out = 3, wide_cols = 1, scalar_in = 1;
+  static constexpr int in = 2, params = 1, out = 1, col_out = 3, wide_cols = 1, scalar_in = 1, packs = 1;
   enum { kX, kDy, kW = 0, kDx = 0, kDw = 0, kDb, kDAlpha, kAlpha = 0 };
 
   template <class S>
