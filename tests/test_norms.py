@@ -237,7 +237,7 @@ BAD = [
     (lambda: fused.dyt(x, torch.ones(1, device=DEVICE).double(), w, b), TypeError, "dyt: alpha must be Float, got Double"),
     (lambda: fused.norm(x, 2), IndexError, "norm: dim must be in [-2, 1] for input [4, 8], got 2"),
     (lambda: fused.normalize(x[0]), IndexError, "normalize: dim must be in [-1, 0] for input [8], got 1"),
-    (lambda: fused.normalize(x, dim=(0, 1)), TypeError, "normalize: dim must be an int, got tuple"),
+    (lambda: fused.normalize(x, dim=1.0), TypeError, "normalize: dim must be an int, got float"),
 ]  # fmt: skip
 
 

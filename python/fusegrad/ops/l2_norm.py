@@ -157,7 +157,7 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
     if has_torch_function((input, out)):
         return handle_torch_function(normalize, (input, out), input, p, dim, eps, out)
     check_tensor("normalize", "input", input)
-    if p != 2 or not isinstance(dim, int):
+    if p != 2 or dim is None or isinstance(dim, (tuple, list)):
         fall_back("normalize", f"there is no kernel for p = {p}" if p != 2 else "there is no kernel for several dimensions", input)
         return F.normalize(input, p, dim, eps, out)
     x, at = _along("normalize", input, dim)

@@ -238,8 +238,8 @@ _SHARED = {
     "REDUCTION": """reduction: "mean", "sum" or "none".""",
     "LEGACY": """size_average, reduce: torch's old names for `reduction`.""",
     "RETURNS": """The loss, a scalar, or for "none" the shape of `input`; in the dtype that input and target promote to, or
-        what torch, if it has the function, makes of them (float32 under autocast). Computed in float32 (float64 for float64). Saved
-        for backward: the arguments.""",
+        what torch, if it has the function, makes of them (float32 under autocast). Computed in float32 (float64 for float64).
+        Saved for backward: the arguments.""",
     "RAISES": """ValueError: an unknown reduction, a shape that does not fit. RuntimeError: shapes that do not broadcast, two devices, a
         tensor that is not dense. TypeError: an argument that is no tensor.""",
 }
