@@ -271,3 +271,16 @@ def test_errors(call, error, text):
     with pytest.raises(error) as caught:
         call(ones(4, 5))
     assert str(caught.value).startswith(text)
+
+
+def test_nothing_is_drawn_where_nothing_is_dropped():
+    x = torch.randn(3, 4, device=DEVICE)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    for call in (
+        lambda: F.dropout(x, 0.5, False), lambda: F.bias_dropout_add(x, None, x, 0.5, False), lambda: F.bias_dropout_add(x, None, x, 0.0),
+        lambda: F.add_rms_norm(x, x, (4,), p=0.5, training=False),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        call()
+        assert torch.equal(torch.rand(1), expected)

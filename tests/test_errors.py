@@ -49,6 +49,10 @@ BAD = [
     (lambda: fused.cross_entropy(x[0], labels[:1]), ValueError, "cross_entropy: target must have one class per item, shape [] for input [8], got [1]"),
     (lambda: fused.cross_entropy(x, [0]), TypeError, "cross_entropy: target must be a Tensor, got list"),
     (lambda: fused.cross_entropy(x, labels.to("meta")), RuntimeError, "cross_entropy: target must be on cpu, where the first argument is, got a tensor on meta"),
+    (lambda: fused.cross_entropy(x, labels, logit_scale=torch.tensor(2.0)), TypeError, "cross_entropy: logit_scale must be a number (no gradient flows to it), got Tensor"),
+    (lambda: fused.cross_entropy(x, labels, num_items=torch.ones(3)), RuntimeError, "cross_entropy: num_items must be a number or have no dimension, got [3]"),
+    (lambda: fused.exp(labels), TypeError, "exp: input must be a floating-point tensor, got torch.int64"),
+    (lambda: fused.mse_loss(x.cfloat(), x), TypeError, "mse_loss: input and target must be real, got torch.complex64 and torch.float32"),
     (lambda: fused.cross_entropy(sparse, labels), RuntimeError, "cross_entropy: input must be a dense tensor, got a tensor of layout Sparse"),
 ]  # fmt: skip
 
@@ -155,3 +159,7 @@ def test_unknown_capability(variable, text):
         [sys.executable, "-c", code], env={**os.environ, "FUSEGRAD_CPU_CAPABILITY": variable}, capture_output=True, text=True
     )
     assert done.returncode and text in done.stderr and "got sse9" in done.stderr
+
+
+def test_a_soft_cap_of_infinity_is_none():
+    assert torch.equal(fused.cross_entropy(x, labels, logit_softcap=float("inf")), fused.cross_entropy(x, labels))

@@ -191,6 +191,8 @@ def test_other_exponents_go_through_the_reference():
         torch.testing.assert_close(y, torch.nn.functional.normalize(z, p))
         g = random(4, 9)
         torch.testing.assert_close(*(torch.autograd.grad(v, z, g)[0] for v in (y, torch.nn.functional.normalize(z, p))))
+    with fusegrad.strict(False), pytest.warns(UserWarning, match="normalize: there is no kernel for several dimensions"):
+        assert torch.equal(fused.normalize(z, dim=(0, 1)), torch.nn.functional.normalize(z, dim=(0, 1)))
     fusegrad.reset_stats()
 
 

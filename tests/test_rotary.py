@@ -230,3 +230,18 @@ def test_errors_of_weights_and_modules():
         F.qk_norm_rope(q, k, None, torch.ones(8).double(), t, t)
     with pytest.raises(ValueError, match="RotaryEmbedding: dim must be even, got 7"):
         fusegrad.nn.RotaryEmbedding(7)
+
+
+def test_tables_of_the_module_outlive_where_they_were_made():
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    expected = fusegrad.nn.RotaryEmbedding(8, max_position=8)(q, q)[0]
+    moved = fusegrad.nn.RotaryEmbedding(8, max_position=8, device="meta").to_empty(device="cpu")
+    assert torch.equal(moved(q, q)[0], expected)
+    grown = fusegrad.nn.RotaryEmbedding(8, max_position=4)
+    with torch.inference_mode():
+        grown(q, q)
+    y = grown(q, q)[0]
+    y.backward(torch.ones_like(y))
+    assert torch.equal(y, expected)
+    with pytest.raises(IndexError):
+        grown(q, q, position_ids=torch.tensor([0, 1, 2, 3, 4, -1]))
