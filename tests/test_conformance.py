@@ -766,6 +766,3 @@ def test_table_is_worth_its_name():
         for option in options:
             if option not in ("size_average", "reduce"):  # torch's old names, tested by themselves
                 assert sum(option in s.kwargs for s in drawn) >= 2, f"{op.name}: {option}"
-
-
-assert F16  # re-exported for the ids above

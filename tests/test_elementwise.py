@@ -336,14 +336,12 @@ def test_recompute_keeps_no_hidden_activation(make):
         state = state or mlp.state_dict()
         mlp.load_state_dict(state)
         x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        before = {p.data_ptr() for p in mlp.parameters()} | {x.data_ptr()}
         # What outlives the forward: bytes allocated and not given back but for the output.
         with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             y = mlp(x)
         net = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]") - y.nbytes
         kept.append(net)
         results.append((y, *torch.autograd.grad(y, [x, *mlp.parameters()], torch.ones_like(y))))
-        assert before
     hidden = 32 * 256 * 4
     assert kept[0] >= 2 * hidden and kept[1] <= hidden / 8
     torch.testing.assert_close(*results)

@@ -1,6 +1,5 @@
 #include <ATen/ops/empty.h>
 
-#include "../core/rng.h"
 #include "../host/run.h"
 #include "dropout.h"
 #include "ops.h"
