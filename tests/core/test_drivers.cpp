@@ -1,7 +1,7 @@
-// The CPU drivers on raw memory, compared with the plain loop of reference.h: every op with every pair of types, lengths around the
-// width of a vector and of a block, columns and rows wherever they may lie, operands that are absent. Each operand has a heap block
-// of exactly the elements its view spans, filled with NaN where no element lies, so that a driver that reads beyond or between its
-// elements computes NaN, one that writes there is found out, and AddressSanitizer sees any access outside.
+// The CPU drivers on raw memory, compared with the plain loop of reference.h: an op of each kind, every pair of types, lengths
+// around the width of a vector and of a block, columns and rows wherever they may lie, operands that are absent. Each operand has a
+// heap block of exactly the elements its view spans, filled with NaN where no element lies, so that a driver that reads beyond or
+// between its elements computes NaN, one that writes there is found out, and AddressSanitizer sees any access outside.
 //
 // usage: test_drivers default|avx2|avx512
 #include <ATen/Parallel.h>
@@ -256,7 +256,8 @@ void drive(const char* name, const Op& op, const Adjust& adjust = [](Operands<Op
       }
 }
 
-// One line for each op and each path through its options.
+// One line for each path through an op's options. Mixed inputs, sums of map ops and rows across are not among them: the table has
+// them.
 template <Variant variant>
 void drive_all() {
   drive<variant>("RMSNormFwd", RMSNormFwd{{}, 1e-5, 0, false});

@@ -1,5 +1,5 @@
-// The formulas of every op, run one column at a time in double: forward against the formula written down naively in long double,
-// backward against central differences of the forward under random cotangents. No tensors, no SIMD, no threads.
+// The formulas of an op of each kind, run one column at a time in double: forward against the formula written down naively in long
+// double, backward against central differences of the forward under random cotangents. No tensors, no SIMD, no threads.
 #include <functional>
 #include <string>
 
