@@ -4,7 +4,8 @@
 //
 //   template <class A> using Sweeps = List<Sum1<A>, ...>;   the reductions over a row, one sweep each, in order (may be List<>)
 //   struct Sum1 { A field{identity}; merge(other) }         what a sweep gathers; all fields are A
-//   template <class S> struct Row { ... };                  what is known of a row between sweeps; S is a scalar
+//   template <class S> struct Row { ... };                  what is known of a row between sweeps; S is a scalar (a vector in
+//   across_cpu.h)
 //
 //   begin(row, at)          before the first sweep: fetch per-row values                               (optional)
 //   skip(row)               true: leave the row unread, its outputs are 0                              (optional)

@@ -28,7 +28,7 @@ class Frame {
   void in(View& view, const Tensor& tensor, const char* name, int part = -1);
   // A tensor of the frame's shape and any type of the kernels', or bool. One that is not given may be passed.
   void mixed(View& view, const OptTensor& tensor, const char* name);
-  // As in() for a tensor that was made by empty_rows() or, in a map op, empty_as().
+  // As in() for a tensor that was made by empty_rows() or, in a map op or one of any rows, empty_as().
   void out(View& view, const Tensor& tensor, int part = -1);
   // No memory: an offset in the view is the number of an element in the order of the main tensor's indices. For map ops.
   void numbers(View& view);
