@@ -1,6 +1,7 @@
 #include "channel_norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/sum.h>
 
 #include <algorithm>
 #include <functional>
@@ -45,11 +46,12 @@ class Walk {
 
   // Columns [first, first + count * size) of all rows, cut into `count` cells of a row each.
   Tensor cells(const Tensor& t, int64_t first, int64_t count, int64_t size) const {
-    at::DimVector sizes = sizes_, strides = strides_of(t);
-    const int64_t column = strides.back();
+    const at::DimVector of_rows = strides_of(t);
+    const int64_t column = of_rows.back();
+    at::DimVector sizes{count}, strides{column * size};
+    sizes.append(sizes_.begin(), sizes_.end());
     sizes.back() = size;
-    sizes.insert(sizes.begin(), count);
-    strides.insert(strides.begin(), column * size);
+    strides.append(of_rows.begin(), of_rows.end());
     return t.as_strided(sizes, strides, t.storage_offset() + first * column);
   }
   Tensor whole(const Tensor& t) const { return t.as_strided(sizes_, strides_of(t), t.storage_offset()); }
@@ -295,7 +297,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
       });
       const int64_t channels = groups ? count * c : c;
       g = groups ? sums.narrow(1, first, count) : sums;
-      totals(op, cells.view({2, channels, channels ? cells.numel() / (2 * channels) : 0}), g);
+      const Tensor by_channel = cells.view({2, channels, channels ? cells.numel() / (2 * channels) : 0});
+      by_channel.size(2) == 1 ? void(g.copy_(by_channel.view(g.sizes()))) : totals(op, by_channel, g);
       if (groups && through_sets) {
         const Tensor sets = at::empty({2, count * groups}, sums.options());
         const Tensor terms = g.reshape({2, count * groups, c / groups});
@@ -321,8 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
     if (needed[3]) frame.out(args.out[B::kDr], walk.whole(*dr_some));
     run(frame, args);
   });
-  Tensor of_params = sums;
-  if (groups && (needed[1] || needed[2])) totals(op, sums.transpose(1, 2), of_params = at::empty({2, c}, sums.options()));
+  const Tensor of_params = groups && (needed[1] || needed[2]) ? at::sum(sums, 1) : sums;
   if (needed[1]) dw = of_params[1].to(given(w) ? w->scalar_type() : x.scalar_type(), false, true);
   if (needed[2])
     db = of_params[0].to(given(b) ? b->scalar_type() : x.scalar_type(), false, true);  // a copy: results share no memory
