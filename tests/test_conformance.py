@@ -42,8 +42,13 @@ ops = list(OPS.values())
 each_op = pytest.mark.parametrize("op", ops, ids=lambda op: op.name)
 
 
-def each(*pairs):
-    return pytest.mark.parametrize("case", list(cases(*pairs)), ids=ids)
+def in_turns(params):
+    return [pytest.param(p, marks=pytest.mark.rotating(i % 3)) for i, p in enumerate(params)]
+
+
+def each(*pairs, rotating=False):
+    found = list(cases(*pairs))
+    return pytest.mark.parametrize("case", in_turns(found) if rotating else found, ids=ids)
 
 
 def drawn(case, **kwargs):
@@ -464,7 +469,7 @@ def compile_and_compare(op, samples, **options):
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@each((F32, F32))
+@each((F32, F32), rotating=True)
 def test_compile(case, dynamic):
     op, sample = drawn(case)
     compile_and_compare(op, [sample], backend="aot_eager", dynamic=dynamic)
