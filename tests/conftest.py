@@ -1,6 +1,7 @@
 import os
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("FUSEGRAD_STRICT", "1")  # a fallback that nobody asked for is a failure
@@ -13,6 +14,8 @@ from table import DEVICE
 
 # What this machine cannot run is not collected; there is no skip.
 collect_ignore = ([] if DEVICE == "cuda" else ["test_cuda.py"]) + ([] if shutil.which("nvcc") else ["test_nvcc.py"])
+_NEED = dict(test_fuse_transformers=["transformers"], test_fuse_timm=["timm"], test_row_f=["onnx", "onnxruntime", "onnxscript"])
+collect_ignore += [f"{test}.py" for test, libraries in _NEED.items() if not all(map(find_spec, libraries))]
 
 
 TURNS = 3

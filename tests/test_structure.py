@@ -180,6 +180,20 @@ def test_variants_do_not_share_code(tmp_path):
         assert not weak, f"{path}: {weak[:3]}"
 
 
+def test_every_row_of_the_contract_has_a_test():
+    """Of those that docs/mission.md names each exists, the first is named after its row, and no test is named after a row that is none."""
+    rows = dict(re.findall(r"^\| ([A-G]\d+) \|.*?\| (`test_.*) \|$", (ROOT / "docs" / "mission.md").read_text(), re.M))
+    assert rows.keys() >= {*(f"A{i}" for i in range(1, 11)), *(f"B{i}" for i in range(1, 7)), "C1", "C2", "C3", "F1", "F2"}
+    for row, cell in rows.items():
+        tests = re.findall(r"`(\w+\.py)::(\w+)`", cell)
+        assert tests[0][1].startswith(f"test_{row.lower()}_"), row
+        for file, test in tests:
+            assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.M), f"{row}: {file}::{test}"
+    for path in (ROOT / "tests").glob("test_row_*.py"):
+        named = re.findall(r"^def test_([a-g]\d+)_", path.read_text(), re.M)
+        assert {row.upper() for row in named} <= rows.keys(), path.name
+
+
 def test_the_project_speaks_only_of_itself():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in files:

@@ -3,14 +3,13 @@
 
 import itertools
 import re
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import fusegrad.functional as fused
+import processes
 
 N, C = 13, 22
 OPTIONS = (
@@ -92,26 +91,12 @@ def refusals(rank, world):
         fused.vocab_parallel_cross_entropy(z, target, alone[1 - rank])
 
 
-def process(rank, world, store, failures):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        for case in (equal_to_one_process, shards_with_nothing, refusals):
-            case(rank, world)
-    except BaseException:
-        failures.put(f"rank {rank}\n{traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+CASES = (equal_to_one_process, shards_with_nothing, refusals)
 
 
 def test_two_processes(tmp_path):
-    failures = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(process, args=(2, tmp_path / "store", failures), nprocs=2)
-    except Exception:
-        text = [failures.get() for _ in range(2) if not failures.empty()]
-        pytest.fail("\n".join(text) or "a process died")
+    made = processes.make(CASES, tmp_path)
+    assert not any(made.values()), made
 
 
 x, labels = torch.randn(4, 8), torch.tensor([0, 1, 2, 7])

@@ -6,6 +6,7 @@ level is open, it is the vector-Jacobian product of the op's reference instead, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from . import _op
 # Its base does the work; without it (a private name) apply is right, only slower.
 _BASE = getattr(torch._C, "_FunctionBase", None)
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None) or (lambda: True)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 _is_legacy_batched = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None) or (lambda t: False)
 
 
@@ -36,13 +38,22 @@ class Function(torch.autograd.Function):
     @classmethod
     def call(cls, tensors: Sequence[torch.Tensor | None], *options, outputs: int | None = None):
         """`apply`, by the shortest way that is right here. Of several results the first `outputs` are returned (1: without a tuple)."""
+        if is_sharded(tensors[0]):
+            from . import _sharded
+
+            return _sharded.call(_op.OPS[cls.op], tensors, options, outputs)
         if _op._forced_reference:
             return cls.reference(*tensors, *options)
         if torch.compiler.is_compiling():
-            return _first(outputs, cls.apply(*tensors, *options))
+            if torch.onnx.is_in_onnx_export():  # ONNX knows torch's operators only
+                return cls.reference(*tensors, *options)
+            return _first(outputs, cls.apply(*_distinct(tensors), *options))
         reason = _op.why_not(tensors[0])
         if reason is not None:
             _op.fall_back(cls.op, reason, tensors[0])
+            return cls.reference(*tensors, *options)
+        if _is_tracing():  # as does TorchScript, and the ONNX exporter that is built on it
+            _op.count(cls.op, "a trace is recorded")
             return cls.reference(*tensors, *options)
         if _functorch_active() or _forward_mode_open():
             _op.count(cls.op, "a transform or forward mode is active")
@@ -52,6 +63,19 @@ class Function(torch.autograd.Function):
         if _BASE is None:
             return _first(outputs, cls.apply(*tensors, *options))
         return _first(outputs, super(torch.autograd.Function, cls).apply(*tensors, *options))
+
+
+def _distinct(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The same, a tensor that comes a second time as a view: Dynamo takes no tensor twice."""
+    return [t if t is None or all(t is not other for other in tensors[:i]) else t.view_as(t) for i, t in enumerate(tensors)]
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_sharded(t: torch.Tensor) -> bool:
+    """Whether it is a DTensor; its module is slow to import, and imported where there is one."""
+    return type(t) not in _PLAIN and isinstance(t, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def _first(n, results):

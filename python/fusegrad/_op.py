@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _C
 
@@ -51,6 +55,12 @@ class Op:
     # allocate as torch's function does, "wide": they give the accumulate type.
     gemm: str = ""
     workspace: Callable = lambda kwargs: 0  # workspace(kwargs): documented bytes that a call needs beside its results
+    # Of DTensors. shards(*arguments of fn.apply): the dimensions of the first tensor that are needed whole, and
+    # {number of another tensor: the first one's dimension that each of its own goes along with, or None}, where that is not all of
+    # them for the same shape, and else none. summed(shape of the whole first tensor, *arguments for a part): a `Summed`, or None
+    # if no loss is reduced.
+    shards: Callable | None = None
+    summed: Callable | None = None
 
     @property
     def family(self) -> str:
@@ -61,6 +71,15 @@ class Op:
         if self.kernels is None:
             object.__setattr__(self, "kernels", (f"{self.family}_fwd", f"{self.family}_bwd"))
         OPS[self.name] = self
+
+
+class Summed(NamedTuple):
+    """A loss of a part of the items, to be added up over the parts."""
+
+    arguments: tuple  # of fn.apply, for a sum in the accumulate type
+    divisor: Tensor | float | None  # what the sum of all is divided by: a tensor is this part's share of it
+    dtype: torch.dtype  # of the loss
+    empty_is_zero: bool = False
 
 
 @dataclass
@@ -90,6 +109,24 @@ def compiled(name: str, module=_C, namespace: str = "fusegrad") -> Callable:
 
     call.__name__ = name
     return call
+
+
+def overridable(functional: Callable) -> Callable:
+    """Hands a call over to `__torch_function__` of an argument that has one, or of a mode: the override sees the functional itself."""
+
+    @functools.wraps(functional)
+    def call(*args, **kwargs):
+        given = (*args, *kwargs.values()) if kwargs else args
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)
+        return functional(*args, **kwargs)
+
+    return call
+
+
+def is_traced() -> bool:
+    """Whether the call becomes part of a TorchScript trace that is none of an ONNX export."""
+    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
 
 
 _strict = os.environ.get("FUSEGRAD_STRICT", "") not in ("", "0")
@@ -174,7 +211,7 @@ def reduction_of(
     """The reduction that is meant; size_average and reduce are torch's old names for it, and win."""
     if size_average is not None or reduce is not None:
         reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-        warn(f"{op}: size_average and reduce are deprecated, use reduction", stacklevel=4)
+        warn(f"{op}: size_average and reduce are deprecated, use reduction", stacklevel=5)
     if reduction not in known:
         expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
         raise ValueError(f"{op}: reduction must be {expected}, got {reduction!r}")
@@ -198,8 +235,8 @@ def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:
     return len(shape)
 
 
-def warn(text: str, stacklevel: int = 3) -> None:
-    """A warning at the caller's caller, or so many frames up from here; torch.compile cannot trace one."""
+def warn(text: str, stacklevel: int = 4) -> None:
+    """A warning where the functional that calls this was called, or so many frames up from here; torch.compile cannot trace one."""
     if not torch.compiler.is_compiling():
         warnings.warn(text, stacklevel=stacklevel)
 
@@ -220,7 +257,7 @@ def fall_back(op: str, reason: str, tensor: torch.Tensor) -> None:
     count(op, reason)
     if (op, reason) not in _warned:
         _warned.add((op, reason))
-        warnings.warn(f"{op}: {reason}; using the reference, which is plain torch code", stacklevel=4)
+        warnings.warn(f"{op}: {reason}; using the reference, which is plain torch code", stacklevel=5)
 
 
 def autocast(x: torch.Tensor) -> bool:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, real, wide, wide_dtype
+from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, overridable, real, wide, wide_dtype
 from .dropout import draw_seed, dropout_bwd, factor, probability
 from .layer_norm import LayerNorm, layer_norm_reference, saved_bytes
 from .rms_norm import RMSNorm, rms_norm_reference, rms_options
@@ -134,6 +133,7 @@ def _pair(op: str, input: Tensor, residual: Tensor, p: float, training: bool) ->
     return input, residual, seed, p
 
 
+@overridable
 def add_rms_norm(
     input: Tensor,
     residual: Tensor,
@@ -179,16 +179,13 @@ def add_rms_norm(
 
     Source: Zhang & Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.
     """
-    tensors = (input, residual, weight)
-    if has_torch_function(tensors):
-        extra = dict(weight_offset=weight_offset, cast_order=cast_order, p=p, training=training)
-        return handle_torch_function(add_rms_norm, tensors, input, residual, normalized_shape, weight, eps, **extra)
     dims = check_normalized_shape("add_rms_norm", input, normalized_shape, weight=weight)
     input, residual, seed, p = _pair("add_rms_norm", input, residual, p, training)
     options = rms_options("add_rms_norm", input, eps, weight_offset, cast_order)
     return AddRMSNormFn.call((input, residual, weight, seed), dims, *options, p, outputs=2)
 
 
+@overridable
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -233,10 +230,6 @@ def add_layer_norm(
 
     Source: Ba, Kiros & Hinton, Layer Normalization, 2016, arXiv:1607.06450.
     """
-    tensors = (input, residual, weight, bias)
-    if has_torch_function(tensors):
-        extra = dict(p=p, training=training)
-        return handle_torch_function(add_layer_norm, tensors, input, residual, normalized_shape, weight, bias, eps, **extra)
     dims = check_normalized_shape("add_layer_norm", input, normalized_shape, weight=weight, bias=bias)
     input, residual, seed, p = _pair("add_layer_norm", input, residual, p, training)
     return AddLayerNormFn.call((input, residual, weight, bias, seed), dims, real("add_layer_norm", "eps", eps), p, outputs=2)
@@ -353,6 +346,7 @@ ADD_RMS_NORM = Op(
     rounding=lambda kwargs: 1.5 if kwargs.get("cast_order") == "llama" else 0.505,
     stored=_stored,
     saved_bytes=lambda kwargs: _saved_bytes(kwargs, 1),
+    shards=lambda x, residual, w, seed, dims, *_: (range(-dims, 0), {}),
     bench=_bench,
 )
 ADD_LAYER_NORM = Op(
@@ -365,5 +359,6 @@ ADD_LAYER_NORM = Op(
     permutes=lambda kwargs: _ALIKE,
     stored=_stored,
     saved_bytes=lambda kwargs: _saved_bytes(kwargs, 2),
+    shards=lambda x, residual, w, b, seed, dims, *_: (range(-dims, 0), {}),
     bench=lambda make, rows, cols: _bench(make, rows, cols) | dict(bias=make.param(cols)),
 )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._activations import ACTIVATIONS, activate, number
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, real, wide
+from .._op import Op, Sample, check_tensor, compiled, overridable, real, wide
 
 bias_act_fwd = compiled("bias_act_fwd")
 bias_act_bwd = compiled("bias_act_bwd")
@@ -59,6 +58,7 @@ class BiasActFn(Function):
         return dx, db, None, None, None, None
 
 
+@overridable
 def bias_act(
     input: Tensor,
     bias: Tensor | None = None,
@@ -97,9 +97,6 @@ def bias_act(
 
     Source: Tillet et al., Triton, 2019, doi:10.1145/3315508.3329973 (fusing what is element by element).
     """
-    if has_torch_function((input, bias)):
-        extra = dict(scale=scale, negative_slope=negative_slope, dim=dim)
-        return handle_torch_function(bias_act, (input, bias), input, bias, activation, **extra)
     check_tensor("bias_act", "input", input)
     act = number("bias_act", activation)
     if bias is None:
@@ -168,6 +165,7 @@ BIAS_ACT = Op(
     samples=_samples,
     module=BiasAct,
     saved_bytes=lambda kwargs: sum(kwargs[k].nbytes for k in ("input", "bias") if k in kwargs),
+    shards=lambda x, b, act, scale, slope, dim: ((), {1: (dim,)}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), bias=make.param(cols), activation="gelu"),
     layout_bits=False,  # of an image the bias's gradient is summed by columns or by rows
 )

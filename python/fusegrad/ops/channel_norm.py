@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, real, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, overridable, real, wide, wide_dtype
 
 channel_norm_fwd = compiled("channel_norm_fwd")
 channel_norm_bwd = compiled("channel_norm_bwd")
@@ -142,6 +141,7 @@ def _check(op: str, input: Tensor, values_per_set: int, **params: Tensor | None)
         raise ValueError(f"{op}: Expected more than 1 value per channel when training, got input {list(input.shape)}")
 
 
+@overridable
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -184,8 +184,6 @@ def group_norm(
 
     Source: Wu & He, Group Normalization, 2018, arXiv:1803.08494.
     """
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(group_norm, (input, weight, bias), input, num_groups, weight, bias, eps, activation=activation)
     check_tensor("group_norm", "input", input)
     kind = number("group_norm", activation)
     if input.dim() < 2:
@@ -200,6 +198,7 @@ def group_norm(
     return GroupNormFn.call((input, weight, bias), num_groups, real("group_norm", "eps", eps), kind, outputs=1)
 
 
+@overridable
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -250,10 +249,6 @@ def batch_norm(
 
     Source: Ioffe & Szegedy, Batch Normalization, 2015, arXiv:1502.03167.
     """
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    if has_torch_function(tensors):
-        options = dict(activation=activation, residual=residual)
-        return handle_torch_function(batch_norm, tensors, *tensors[:5], training, momentum, eps, **options)
     check_tensor("batch_norm", "input", input)
     kind = number("batch_norm", activation)
     values = input.shape[0] * math.prod(input.shape[2:]) if training and input.dim() > 1 else 0
@@ -271,7 +266,7 @@ def batch_norm(
     if training and input.numel():
         with torch.no_grad():
             unbiased = values / (values - 1)
-            for running, batch, factor in ((running_mean, stats[0], 1), (running_var, stats[1], unbiased)):
+            for running, batch, factor in zip((running_mean, running_var), stats.unbind(), (1, unbiased)):
                 if running is not None:
                     running.mul_(1 - momentum).add_(batch, alpha=momentum * factor)
     return y
@@ -450,6 +445,7 @@ GROUP_NORM = Op(
         + 2 * kwargs["input"].shape[0] * kwargs["num_groups"] * wide_dtype(kwargs["input"]).itemsize
     ),
     workspace=_cells,
+    shards=lambda x, *_: (range(1, x.dim()), {}),
     bench=_group_norm_bench,
     shapes=((2, 512), (64, 16384), (8, 1048576), (32, 262144)),
 )
@@ -475,6 +471,8 @@ BATCH_NORM = Op(
     layout_bits=False,
     saved_bytes=_batch_norm_saved,
     workspace=_cells,
+    # In training the statistics are those of the whole batch.
+    shards=lambda x, w, b, r, mean, *_: (range(x.dim()) if mean is None else (), {i: (1,) for i in (1, 2, 4, 5)}),
     bench=_batch_norm_bench,
     shapes=((4, 512), (64, 16384), (64, 65536), (32, 1048576)),
 )

@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, real, reduction_of, wide, wide_dtype
+from .._op import Op, Sample, Summed, autocast, check_tensor, compiled, overridable, real, reduction_of, wide, wide_dtype
 
 cross_entropy_fwd = compiled("cross_entropy_fwd")
 cross_entropy_bwd = compiled("cross_entropy_bwd")
@@ -117,6 +116,7 @@ def loss_items(op: str, reduction: str, num_items, empty: str) -> tuple[float, T
     return items, None
 
 
+@overridable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -177,10 +177,6 @@ def cross_entropy(
     Sources: Szegedy et al. 2016, arXiv:1512.00567 (smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss); Gemma 2,
     arXiv:2408.00118 (soft cap).
     """
-    if has_torch_function((input, target, weight)):
-        args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        extra = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, num_items=num_items)
-        return handle_torch_function(cross_entropy, (input, target, weight), *args, **extra, return_lse=return_lse, empty=empty)
     check_tensor("cross_entropy", "input", input)
     check_tensor("cross_entropy", "target", target)
     reduction = reduction_of("cross_entropy", reduction, size_average, reduce)
@@ -214,6 +210,24 @@ def cross_entropy(
         outputs=2,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
+
+
+def summed_options(x, target, weight, num_items, options) -> tuple | None:
+    """Of a part of the items, whose losses are to be added up: options, and the rest of a `Summed`."""
+    *numbers, reduce, mean, items, empty_is_zero, wide_out, return_lse = options[:11]
+    if not reduce:
+        return None
+    divisor = None
+    if mean and num_items is None and items == 0:
+        kept, mean = target != numbers[0], False
+        divisor = kept.sum() if weight is None else torch.where(kept, wide(weight)[torch.where(kept, target, 0)], 0).sum()
+    rest = divisor, wide_dtype(x) if wide_out else x.dtype, empty_is_zero
+    return (*numbers, reduce, mean, items, empty_is_zero, True, return_lse, *options[11:]), *rest
+
+
+def _summed(shape, x, target, weight, num_items, *options):
+    found = summed_options(x, target, weight, num_items, options)
+    return None if found is None else Summed((x, target, weight, num_items, *found[0]), *found[1:])
 
 
 def described(options: dict) -> str:
@@ -322,6 +336,8 @@ CROSS_ENTROPY = Op(
     permutes=lambda kwargs: {"input": min(1, kwargs["input"].dim() - 1), "weight": 0, "target": 0},
     by_reference="targets that are probabilities",
     saved_bytes=_saved_bytes,
+    shards=lambda x, *_: ((min(1, x.dim() - 1),), {1: [d for d in range(x.dim()) if d != min(1, x.dim() - 1)]}),
+    summed=_summed,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
     shapes=((4, 64), (32768, 256), (1024, 32000), (256, 128256)),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.nn import functional as F
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, real, wide, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, is_traced, overridable, real, wide, wide_dtype
 
 dropout_fwd = compiled("dropout_fwd")
 dropout_bwd = compiled("dropout_bwd")
@@ -21,6 +21,8 @@ def draw_seed(x: Tensor) -> Tensor:
 
 def factor(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """What dropout multiplies x by, of the dtype that x is computed in."""
+    if is_traced():  # torch's own bits: ours would be of the size at hand, whatever comes later
+        return F.dropout(torch.ones_like(x, dtype=wide_dtype(x)), p)
     return dropout_mask(seed, x.shape, p).to(wide_dtype(x)) * (1 / (1 - p) if p < 1 else 0.0)
 
 
@@ -30,7 +32,7 @@ def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 def bias_dropout_add_reference(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor, p: float) -> Tensor:
     biased = wide(x) if bias is None else wide(x) + wide(bias)
-    return (wide(residual) + biased * factor(x, seed, p)).to(x.dtype)
+    return (wide(residual) + (biased if p == 0 else biased * factor(x, seed, p))).to(x.dtype)
 
 
 @torch.library.register_fake("fusegrad::dropout_mask")
@@ -113,6 +115,7 @@ def probability(op: str, p: float) -> float:
     return p
 
 
+@overridable
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     r"""Sets each element to 0 with probability p and scales the others so that the expectation stays:
 
@@ -143,8 +146,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
     Source: Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014, JMLR 15.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(dropout, (input,), input, p, training, inplace)
     check_tensor("dropout", "input", input)
     p = probability("dropout", p)
     if not (input.is_floating_point() or input.is_complex()):
@@ -155,6 +156,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return input.copy_(y) if inplace else y
 
 
+@overridable
 def bias_dropout_add(input: Tensor, bias: Tensor | None, residual: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     r"""The end of a transformer's sublayer, in one pass each way: bias, dropout, residual.
 
@@ -184,8 +186,6 @@ def bias_dropout_add(input: Tensor, bias: Tensor | None, residual: Tensor, p: fl
 
     Source: Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014, JMLR 15.
     """
-    if has_torch_function((input, bias, residual)):
-        return handle_torch_function(bias_dropout_add, (input, bias, residual), input, bias, residual, p, training)
     check_tensor("bias_dropout_add", "input", input)
     check_tensor("bias_dropout_add", "residual", residual)
     p = probability("bias_dropout_add", p) if training else 0.0
@@ -271,6 +271,7 @@ DROPOUT = Op(
     torch=torch.nn.functional.dropout,
     random=True,
     saved_bytes=lambda kwargs: 8,
+    shards=lambda *_: ((), {}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), p=0.1),
 )
 
@@ -283,5 +284,6 @@ BIAS_DROPOUT_ADD = Op(
     module=BiasDropoutAdd,
     random=True,
     saved_bytes=lambda kwargs: 8 + (0 if kwargs["bias"] is None else kwargs["bias"].nbytes),
+    shards=lambda *_: ((), {1: (-1,)}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), bias=make.param(cols), residual=make(rows, cols), p=0.1),
 )

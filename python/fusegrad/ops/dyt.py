@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, wide
+from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, overridable, wide
 
 dyt_fwd = compiled("dyt_fwd")
 dyt_bwd = compiled("dyt_bwd")
@@ -54,6 +53,7 @@ class DyTFn(Function):
         return *found, None
 
 
+@overridable
 def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     r"""Dynamic tanh, a layer in the place of a norm that needs no statistics:
 
@@ -80,9 +80,6 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
 
     Source: Zhu et al., Transformers without Normalization, 2025, arXiv:2503.10622.
     """
-    tensors = (input, alpha, weight, bias)
-    if has_torch_function(tensors):
-        return handle_torch_function(dyt, tensors, *tensors)
     check_tensor("dyt", "input", input)
     check_tensor("dyt", "alpha", alpha)
     if alpha.numel() != 1:
@@ -151,5 +148,6 @@ DYT = Op(
     module=DyT,
     permutes=lambda kwargs: {"input": -1, "weight": -1, "bias": -1},
     saved_bytes=lambda kwargs: sum(t.nbytes for t in kwargs.values() if t is not None),
+    shards=lambda x, alpha, w, b, dims: (range(-dims, 0), {}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), alpha=make.param(1), weight=make.param(cols), bias=make.param(cols)),
 )

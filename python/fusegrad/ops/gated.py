@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._activations import ACTIVATIONS
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, wide
+from .._op import Op, Sample, check_tensor, compiled, overridable, wide
 
 gated_fwd = compiled("gated_fwd")
 gated_bwd = compiled("gated_bwd")
@@ -111,9 +110,7 @@ def _packed(op: str, input: Tensor, dim: int) -> int:
     return dim
 
 
-def _gated(functional, fn: type[Function], number: int, gate: Tensor, up: Tensor | None, dim: int) -> Tensor:
-    if has_torch_function((gate, up)):
-        return handle_torch_function(functional, (gate, up), gate, up, dim=dim)
+def _gated(fn: type[Function], number: int, gate: Tensor, up: Tensor | None, dim: int) -> Tensor:
     check_tensor(fn.op, "gate", gate)
     if up is None:
         dim = _packed(fn.op, gate, dim)
@@ -163,13 +160,15 @@ def _described(gate: str, formula: str, code: str):
 
 
 @_described("SiLU", r"\mathrm{silu}(\mathrm{gate}) \cdot \mathrm{up}, \quad \mathrm{silu}(g) = g / (1 + e^{-g})", "silu(gate.float())")
+@overridable
 def swiglu(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
-    return _gated(swiglu, SwiGLUFn, _SWIGLU, gate, up, dim)
+    return _gated(SwiGLUFn, _SWIGLU, gate, up, dim)
 
 
 @_described("GELU", r"\mathrm{gelu}(\mathrm{gate}) \cdot \mathrm{up}, \quad \mathrm{gelu}(g) = g \Phi(g)", "gelu(gate.float())")
+@overridable
 def geglu(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
-    return _gated(geglu, GeGLUFn, _GEGLU, gate, up, dim)
+    return _gated(GeGLUFn, _GEGLU, gate, up, dim)
 
 
 @_described(
@@ -177,15 +176,18 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
     r"\mathrm{gelu}(\mathrm{gate}) \cdot \mathrm{up}, \quad \mathrm{gelu}(g) = g (1 + \tanh(\sqrt{2 / \pi} (g + 0.044715 g^3))) / 2",
     "gelu(gate.float(), approximate='tanh')",
 )
+@overridable
 def geglu_tanh(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
-    return _gated(geglu_tanh, GeGLUTanhFn, _GEGLU_TANH, gate, up, dim)
+    return _gated(GeGLUTanhFn, _GEGLU_TANH, gate, up, dim)
 
 
 @_described("ReLU", r"\max(\mathrm{gate}, 0) \cdot \mathrm{up}", "relu(gate.float())")
+@overridable
 def reglu(gate: Tensor, up: Tensor | None = None, *, dim: int = -1) -> Tensor:
-    return _gated(reglu, ReGLUFn, _REGLU, gate, up, dim)
+    return _gated(ReGLUFn, _REGLU, gate, up, dim)
 
 
+@overridable
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     r"""Gated linear unit, the second half of a packed input being the gate:
 
@@ -210,8 +212,6 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 
     Source: Dauphin et al., Language Modeling with Gated Convolutional Networks, 2016, arXiv:1612.08083.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(glu, (input,), input, dim)
     check_tensor("glu", "input", input)
     return GLUFn.call((input, None), _packed("glu", input, dim), _GLU)
 
@@ -292,6 +292,10 @@ def _glu_samples(make):
     yield Sample("long", dict(input=make(2, 18002)))
 
 
+def _shards(gate, up, dim, number):
+    return (dim,) if up is None else (), {}
+
+
 def _row(cls, functional, reference, module):
     return Op(
         name=cls.op,
@@ -301,6 +305,7 @@ def _row(cls, functional, reference, module):
         samples=_samples,
         module=module,
         saved_bytes=lambda kwargs: kwargs["gate"].nbytes + (kwargs["up"].nbytes if "up" in kwargs else 0),
+        shards=_shards,
         bench=lambda make, rows, cols: dict(gate=make(rows, 2 * cols)),
     )
 
@@ -318,5 +323,6 @@ GLU_ROW = Op(
     module=GLU,
     torch=F.glu,
     saved_bytes=lambda kwargs: kwargs["input"].nbytes,
+    shards=_shards,
     bench=lambda make, rows, cols: dict(input=make(rows, 2 * cols)),
 )

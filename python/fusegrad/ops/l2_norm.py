@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, real, wide
+from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, overridable, real, wide
 
 l2_norm_fwd = compiled("l2_norm_fwd")
 l2_norm_bwd = compiled("l2_norm_bwd")
@@ -91,6 +90,7 @@ def _along(op: str, input: Tensor, dim: int) -> tuple[Tensor, int]:
     return input, dim % least
 
 
+@overridable
 def norm(input: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
     r"""The L2 norm along a dimension:
 
@@ -118,13 +118,12 @@ def norm(input: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
 
     Source: Blue, A Portable Fortran Program to Find the Euclidean Norm of a Vector, ACM TOMS 4, 1978.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(norm, (input,), input, dim, keepdim)
     x, at = _along("norm", input, dim)
     n = NormFn.call((x,), at)
     return n.unsqueeze(at) if keepdim and x.dim() else n
 
 
+@overridable
 def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
     r"""Divides by the norm along a dimension:
 
@@ -154,8 +153,6 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
 
     Source: Blue, A Portable Fortran Program to Find the Euclidean Norm of a Vector, ACM TOMS 4, 1978.
     """
-    if has_torch_function((input, out)):
-        return handle_torch_function(normalize, (input, out), input, p, dim, eps, out)
     check_tensor("normalize", "input", input)
     if p != 2 or dim is None or isinstance(dim, (tuple, list)):
         fall_back("normalize", f"there is no kernel for p = {p}" if p != 2 else "there is no kernel for several dimensions", input)
@@ -214,6 +211,7 @@ NORM = Op(
     torch=lambda input, dim=-1, keepdim=False: torch.linalg.vector_norm(input, 2, dim, keepdim),
     permutes=lambda kwargs: {"input": kwargs["dim"]},
     saved_bytes=lambda kwargs: kwargs["input"].nbytes,
+    shards=lambda x, dim, *_: ((dim,), {}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), dim=1),
 )
 NORMALIZE = Op(
@@ -226,5 +224,6 @@ NORMALIZE = Op(
     permutes=lambda kwargs: {"input": kwargs["dim"]},
     by_reference="p other than 2, several dimensions",
     saved_bytes=lambda kwargs: kwargs["input"].nbytes,
+    shards=lambda x, dim, *_: ((dim,), {}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), dim=1),
 )

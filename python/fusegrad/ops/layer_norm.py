@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_normalized_shape, compiled, real, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_normalized_shape, compiled, overridable, real, wide, wide_dtype
 
 layer_norm_fwd = compiled("layer_norm_fwd")
 layer_norm_bwd = compiled("layer_norm_bwd")
@@ -61,6 +60,7 @@ class LayerNormFn(Function):
         return dx, dw, db, None, None
 
 
+@overridable
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -100,8 +100,6 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton, Layer Normalization, 2016, arXiv:1607.06450.
     """
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps)
     dims = check_normalized_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight, bias = (t if t is None else t.float() for t in (input, weight, bias))
@@ -152,5 +150,6 @@ LAYER_NORM = Op(
     torch=torch.nn.functional.layer_norm,
     permutes=lambda kwargs: {"input": -1, "weight": -1, "bias": -1},
     saved_bytes=lambda kwargs: saved_bytes(kwargs["input"], kwargs, 2),
+    shards=lambda x, w, b, dims, eps: (range(-dims, 0), {}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), normalized_shape=(cols,), weight=make.param(cols), bias=make.param(cols)),
 )

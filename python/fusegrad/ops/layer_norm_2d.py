@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, real, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, overridable, real, wide_dtype
 from .layer_norm import layer_norm_reference
 
 layer_norm_2d_fwd = compiled("layer_norm_2d_fwd")
@@ -15,7 +14,7 @@ layer_norm_2d_bwd = compiled("layer_norm_2d_bwd")
 
 
 def layer_norm_2d_reference(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    return layer_norm_reference(x.movedim(1, -1), w, b, 1, eps).movedim(-1, 1)
+    return layer_norm_reference(x.movedim(1, -1), w, b, 1, eps).movedim(x.dim() - 1, 1)
 
 
 @torch.library.register_fake("fusegrad::layer_norm_2d_fwd")
@@ -54,6 +53,7 @@ class LayerNorm2dFn(Function):
         return *grads, None
 
 
+@overridable
 def layer_norm_2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     r"""Layer norm over the channels of each pixel:
 
@@ -83,8 +83,6 @@ def layer_norm_2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | No
     Sources: Ba, Kiros & Hinton, Layer Normalization, 2016, arXiv:1607.06450; Liu et al., A ConvNet for the 2020s, 2022,
     arXiv:2201.03545.
     """
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(layer_norm_2d, (input, weight, bias), input, weight, bias, eps)
     check_tensor("layer_norm_2d", "input", input)
     if input.dim() < 2:
         raise RuntimeError(f"layer_norm_2d: input must have a batch and a channel dimension, got {list(input.shape)}")
@@ -153,6 +151,7 @@ LAYER_NORM_2D = Op(
     permutes=lambda kwargs: {"input": 1, "weight": 0, "bias": 0},
     layout_bits=False,
     saved_bytes=_saved_bytes,
+    shards=lambda *_: ((1,), {}),
     bench=_bench,
     shapes=((64, 64), (65536, 64), (32768, 256), (8192, 1024)),
 )

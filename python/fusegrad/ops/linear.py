@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._activations import activate, number
-from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, wide
-from .bias_act import bias_act_bwd, bias_act_fwd
+from .._autograd import Function, differentiable, is_sharded
+from .._op import Op, Sample, autocast, check_tensor, overridable, wide
+from .bias_act import bias_act, bias_act_bwd, bias_act_fwd
 
 _IDENTITY = number("linear", None)
 _AS_IS = (1.0, 0.01)  # the scale and the slope of bias_act
@@ -63,6 +62,7 @@ class LinearFn(Function):
         return dx, dw, db, None
 
 
+@overridable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     r"""Linear map, and an activation of it that shares one pass with the bias in forward, and its gradient with that of the bias:
 
@@ -89,8 +89,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
     Source: Vasudevan et al., the epilogues of NVIDIA CUTLASS (https://github.com/NVIDIA/cutlass), are the same idea within a product.
     """
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(linear, (input, weight, bias), input, weight, bias, activation=activation)
     check_tensor("linear", "input", input)
     check_tensor("linear", "weight", weight)
     act = number("linear", activation)
@@ -104,6 +102,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         raise RuntimeError(f"linear: weight must have shape [out, in] for input [*, in] ({list(input.shape)}), got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if is_sharded(input):  # torch knows which products need no communication
+        rows = input if input.dim() > 1 else input.unsqueeze(0)  # of one row torch's product has a wrong shape
+        y = F.linear(rows, weight, bias) if act == _IDENTITY else bias_act(F.linear(rows, weight), bias, activation)
+        return y if input.dim() > 1 else y.squeeze(0)
     return LinearFn.call((input, weight, bias), act, outputs=1)
 
 

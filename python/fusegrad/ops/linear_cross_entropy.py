@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, reduction_of, wide, wide_dtype
-from .cross_entropy import cross_entropy, cross_entropy_reference, described, loss_items, loss_numbers
+from .._op import Op, Sample, Summed, autocast, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
+from .cross_entropy import cross_entropy, cross_entropy_reference, described, loss_items, loss_numbers, summed_options
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = compiled("linear_cross_entropy_bwd")
@@ -147,6 +146,11 @@ def _check(op, input, linear_weight, target, linear_bias):
     check_tensor(op, "target", target)
     if input.dim() == 0:
         raise RuntimeError(f"{op}: input must have at least one dimension, got a scalar")
+    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        placements = getattr(t, "placements", ())  # of a DTensor
+        if any(not p.is_replicate() for p in placements):
+            fix = "gather it first, full_tensor() or redistribute(placements=[Replicate()]), or use vocab_parallel_cross_entropy"
+            raise RuntimeError(f"{op}: {name} must not be sharded ({fix}), got {placements}")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
         expected = f"shape [C, {input.shape[-1]}] for input {list(input.shape)} (gather the head first if it is sharded)"
         raise RuntimeError(f"{op}: linear_weight must have {expected}, got {list(linear_weight.shape)}")
@@ -162,6 +166,7 @@ def _check_labels(op, input, target):
         raise RuntimeError(f"{op}: target must be int64 (class indices), got {target.dtype}")
 
 
+@overridable
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -219,12 +224,6 @@ def linear_cross_entropy(
     Sources: Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009 (the memory that it saves);
     those of `cross_entropy`.
     """
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    if has_torch_function(tensors):
-        extra = dict(weight=weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options)
-        extra |= dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, num_items=num_items, return_lse=return_lse)
-        args = (input, linear_weight, target)
-        return handle_torch_function(linear_cross_entropy, tensors, *args, linear_bias=linear_bias, **extra, empty=empty)
     op = "linear_cross_entropy"
     _check(op, input, linear_weight, target, linear_bias)
     if input.dim() > 2:
@@ -272,6 +271,7 @@ def _whole_logits(x, w, target, b, class_weight, ignore_index, options):
     return cross_entropy(z, target, class_weight, ignore_index=-100 if ignore_index is None else ignore_index, **options)
 
 
+@overridable
 def linear_token_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -317,11 +317,6 @@ def linear_token_log_probs(
 
     Source: the policy term of Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290.
     """
-    tensors = (input, linear_weight, target, linear_bias)
-    if has_torch_function(tensors):
-        extra = dict(linear_bias=linear_bias, ignore_index=ignore_index, logit_softcap=logit_softcap, logit_scale=logit_scale)
-        extra |= dict(return_lse=return_lse, wide=wide, options=options)
-        return handle_torch_function(linear_token_log_probs, tensors, input, linear_weight, target, **extra)
     op = "linear_token_log_probs"
     _check(op, input, linear_weight, target, linear_bias)
     if linear_weight.dim() > 2:
@@ -492,6 +487,13 @@ def _bench(make, rows, cols):
     return _args(make, rows, 512 if rows * cols >= 2**20 else 16, cols)
 
 
+def _summed(shape, x, w, target, b, class_weight, num_items, *options):
+    found = summed_options(x, target, class_weight, num_items, options)
+    return None if found is None else Summed((x, w, target, b, class_weight, num_items, *found[0]), *found[1:])
+
+
+_SHARDS = (1,), {1: (), 2: (0,)}  # the tokens may be split, the head not
+
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     constants=("weight", "num_items"),
@@ -507,6 +509,8 @@ LINEAR_CROSS_ENTROPY = Op(
     gemm="wide",
     workspace=_workspace,
     saved_bytes=_saved_bytes,
+    shards=lambda *_: _SHARDS,
+    summed=_summed,
     bench=_bench,
     shapes=((4, 64), (2048, 4096), (1024, 32000), (256, 128256)),
 )
@@ -522,6 +526,7 @@ LINEAR_TOKEN_LOG_PROBS = Op(
     gemm="wide",
     workspace=_workspace,
     saved_bytes=_log_probs_saved_bytes,
+    shards=lambda *_: _SHARDS,
     bench=_bench,
     shapes=((4, 64), (2048, 4096), (1024, 32000)),
 )

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, real, reduction_of, warn, wide, wide_dtype
+from .._op import Op, Sample, Summed, autocast, check_tensor, compiled, fall_back, overridable, real, reduction_of, warn, wide, wide_dtype
 
 losses_fwd = compiled("losses_fwd")
 losses_bwd = compiled("losses_bwd")
@@ -80,7 +79,8 @@ def js_div_reference(x, target, w, pos, kind, a, b, log_target, reduction, wide_
     q, p = torch.exp(log_q), torch.exp(t) if log_target else t
     log_p = t if log_target else torch.log(torch.where(p == 0, 1, p))
     r = torch.where(p == 0, -torch.inf, log_p - log_q)  # no gradient flows from what is multiplied by 0
-    s, far = torch.log1p(a * torch.expm1(r.clamp(max=80))), r > 80
+    growth = torch.exp(r.clamp(max=80)) - 1 if torch.jit.is_tracing() else torch.expm1(r.clamp(max=80))  # ONNX has no expm1
+    s, far = torch.log1p(a * growth), r > 80
     u, s = torch.where(far, -math.log(a), r - s), torch.where(far, r + math.log(a), s)
     return _reduced(a * p * torch.where(p == 0, 0, u) - (1 - a) * q * torch.where(q == 0, 0, s), x, w, reduction, wide_out)
 
@@ -228,7 +228,7 @@ def _expands(t: Tensor, shape) -> bool:
 def _warn_of_sizes(op: str, input: Tensor, target: Tensor) -> None:
     if isinstance(input, Tensor) and isinstance(target, Tensor) and target.shape != input.shape:
         sizes = f"target size {list(target.shape)} is different from the input size {list(input.shape)}"
-        warn(f"{op}: {sizes}; the loss is taken of what they broadcast to, which is rarely what is meant", stacklevel=4)
+        warn(f"{op}: {sizes}; the loss is taken of what they broadcast to, which is rarely what is meant", stacklevel=5)
 
 
 _SHARED = {
@@ -253,6 +253,7 @@ def _documented(f):
 
 
 @_documented
+@overridable
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -286,14 +287,12 @@ def mse_loss(
 
     Source: Gauss, Theoria combinationis observationum erroribus minimis obnoxiae, 1823.
     """
-    if has_torch_function((input, target, weight)):
-        args = (input, target, size_average, reduce, reduction, weight)
-        return handle_torch_function(mse_loss, (input, target, weight), *args)
     _warn_of_sizes("mse_loss", input, target)
     return _loss(MSELossFn, MSE, input, target, reduction_of("mse_loss", reduction, size_average, reduce), weight=weight)
 
 
 @_documented
+@overridable
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -327,14 +326,12 @@ def l1_loss(
 
     Source: Boscovich, De litteraria expeditione per pontificiam ditionem, 1757.
     """
-    if has_torch_function((input, target, weight)):
-        args = (input, target, size_average, reduce, reduction, weight)
-        return handle_torch_function(l1_loss, (input, target, weight), *args)
     _warn_of_sizes("l1_loss", input, target)
     return _loss(L1LossFn, L1, input, target, reduction_of("l1_loss", reduction, size_average, reduce), weight=weight)
 
 
 @_documented
+@overridable
 def huber_loss(
     input: Tensor,
     target: Tensor,
@@ -368,8 +365,6 @@ def huber_loss(
 
     Source: Huber, Robust Estimation of a Location Parameter, 1964, doi:10.1214/aoms/1177703732.
     """
-    if has_torch_function((input, target, weight)):
-        return handle_torch_function(huber_loss, (input, target, weight), input, target, reduction, delta, weight)
     if not delta > 0:
         raise RuntimeError(f"huber_loss: delta must be positive, got {delta}")
     _warn_of_sizes("huber_loss", input, target)
@@ -378,6 +373,7 @@ def huber_loss(
 
 
 @_documented
+@overridable
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -411,8 +407,6 @@ def smooth_l1_loss(
 
     Source: Girshick, Fast R-CNN, 2015, arXiv:1504.08083.
     """
-    if has_torch_function((input, target)):
-        return handle_torch_function(smooth_l1_loss, (input, target), input, target, size_average, reduce, reduction, beta)
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss: beta must not be negative, got {beta}")
     _warn_of_sizes("smooth_l1_loss", input, target)
@@ -421,6 +415,7 @@ def smooth_l1_loss(
 
 
 @_documented
+@overridable
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -457,14 +452,12 @@ def binary_cross_entropy_with_logits(
 
     Source: Good, Rational Decisions, 1952.
     """
-    if has_torch_function((input, target, weight, pos_weight)):
-        args = (input, target, weight, size_average, reduce, reduction, pos_weight)
-        return handle_torch_function(binary_cross_entropy_with_logits, (input, target, weight, pos_weight), *args)
     reduction = reduction_of("binary_cross_entropy_with_logits", reduction, size_average, reduce)
     return _loss(BinaryCrossEntropyWithLogitsFn, BCE, input, target, reduction, weight=weight, pos=pos_weight)
 
 
 @_documented
+@overridable
 def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
     r"""Focal loss of logits, as torchvision.ops has it: binary cross entropy that is small where the prediction is good.
 
@@ -493,14 +486,13 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017, arXiv:1708.02002.
     """
-    if has_torch_function((input, target)):
-        return handle_torch_function(sigmoid_focal_loss, (input, target), input, target, alpha, gamma, reduction)
     op = "sigmoid_focal_loss"
     a, b = real(op, "alpha", alpha), real(op, "gamma", gamma)
     return _loss(SigmoidFocalLossFn, FOCAL, input, target, reduction_of(op, reduction), a=a, b=b)
 
 
 @_documented
+@overridable
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -535,8 +527,6 @@ def kl_div(
 
     Source: Kullback & Leibler, On Information and Sufficiency, 1951, doi:10.1214/aoms/1177729694.
     """
-    if has_torch_function((input, target)):
-        return handle_torch_function(kl_div, (input, target), input, target, size_average, reduce, reduction, log_target)
     if size_average is None and reduce is None and reduction == "mean":
         warn("kl_div: reduction='mean' divides by all elements; 'batchmean' is the divergence")
     reduction = reduction_of("kl_div", reduction, size_average, reduce, known=tuple(REDUCTIONS))
@@ -544,6 +534,7 @@ def kl_div(
 
 
 @_documented
+@overridable
 def js_div(input: Tensor, target: Tensor, beta: float = 0.5, reduction: str = "batchmean", log_target: bool = False) -> Tensor:
     r"""Generalised Jensen-Shannon divergence between a teacher P and a student Q, as distillation uses it:
 
@@ -572,8 +563,6 @@ def js_div(input: Tensor, target: Tensor, beta: float = 0.5, reduction: str = "b
 
     Source: Agarwal et al., On-Policy Distillation of Language Models, 2023, arXiv:2306.13649.
     """
-    if has_torch_function((input, target)):
-        return handle_torch_function(js_div, (input, target), input, target, beta, reduction, log_target)
     if not 0 < beta < 1:
         raise ValueError(f"js_div: beta must be between 0 and 1 (at the ends the divergence is 0: see kl_div), got {beta}")
     reduction, beta = reduction_of("js_div", reduction, known=tuple(REDUCTIONS)), real("js_div", "beta", beta)
@@ -724,6 +713,14 @@ def _permutes(kwargs):
     return {k: -1 for k, v in kwargs.items() if isinstance(v, Tensor)}
 
 
+def _summed(shape, x, target, w, pos, kind, a, b, log_target, reduction, wide_out):
+    if reduction == NONE:
+        return None
+    share = w.sum(dtype=wide_dtype(x)) if reduction == OVER_WEIGHT else None
+    divisor = {SUM: None, MEAN: shape.numel(), OVER_WEIGHT: share, OVER_BATCH: shape[0] if shape else 1}[reduction]
+    return Summed((x, target, w, pos, kind, a, b, log_target, SUM, True), divisor, wide_dtype(x) if wide_out else x.dtype)
+
+
 def _row(kind, fn, functional, reference, module, options, **kwargs):
     reduction = dict(reduction="batchmean") if kind in (KL, JS) else dict(reduction="mean")
     return Op(
@@ -737,6 +734,8 @@ def _row(kind, fn, functional, reference, module, options, **kwargs):
         permutes=_permutes,
         constants=("weight", "pos_weight"),
         saved_bytes=_saved_bytes,
+        shards=lambda *_: ((), {}),
+        summed=_summed,
         bench=lambda make, rows, cols: _pair(make, kind, rows, cols) | reduction,
         **kwargs,
     )

@@ -12,7 +12,7 @@ from .._autograd import _functorch_active
 from .gated import geglu, geglu_tanh, reglu, swiglu
 from .linear import Linear
 
-_GATES = {"silu": swiglu, "gelu": geglu, "gelu_tanh": geglu_tanh, "relu": reglu}
+GATES = {"silu": swiglu, "gelu": geglu, "gelu_tanh": geglu_tanh, "relu": reglu}
 
 
 class _Recomputing(torch.nn.Module):
@@ -79,14 +79,14 @@ class GatedMLP(_Recomputing):
 
     def __init__(self, dim: int, hidden: int, activation="silu", bias=False, recompute=False, device=None, dtype=None):
         super().__init__()
-        if activation not in _GATES:
-            raise ValueError(f"GatedMLP: activation must be one of {', '.join(_GATES)}, got {activation!r}")
+        if activation not in GATES:
+            raise ValueError(f"GatedMLP: activation must be one of {', '.join(GATES)}, got {activation!r}")
         self.activation, self.recompute = activation, recompute
         self.gate_up = Linear(dim, 2 * hidden, bias, device, dtype)
         self.down = Linear(hidden, dim, bias, device, dtype)
 
     def layers(self, input: Tensor) -> Tensor:
-        return self.down(_GATES[self.activation](self.gate_up(input)))
+        return self.down(GATES[self.activation](self.gate_up(input)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, recompute={self.recompute}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, real, wide
+from .._op import Op, Sample, autocast, check_tensor, compiled, is_traced, overridable, real, wide
 
 pointwise_fwd = compiled("pointwise_fwd")
 pointwise_bwd = compiled("pointwise_bwd")
@@ -49,6 +48,7 @@ class ScaleFn(Function):
         return None if dy is None else pointwise_bwd(dy, None, _SCALE, *ctx.options), None
 
 
+@overridable
 def scale(input: Tensor, factor: float) -> Tensor:
     r"""Multiplication by a constant:
 
@@ -70,8 +70,6 @@ def scale(input: Tensor, factor: float) -> Tensor:
 
     Source: the PyTorch documentation, Extending torch.autograd (MulConstant).
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(scale, (input,), input, factor)
     check_tensor("scale", "input", input)
     return ScaleFn.call((input,), real("scale", "factor", factor))
 
@@ -117,6 +115,7 @@ class ExpFn(Function):
         return None if dy is None else pointwise_bwd(dy, *ctx.saved_tensors, _EXP, 0.0)
 
 
+@overridable
 def exp(input: Tensor) -> Tensor:
     r"""The exponential function, which keeps its output for the backward and not its input:
 
@@ -137,8 +136,6 @@ def exp(input: Tensor) -> Tensor:
 
     Source: the PyTorch documentation, torch.autograd.Function (Exp).
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(exp, (input,), input)
     check_tensor("exp", "input", input)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input = input.float()
@@ -178,6 +175,7 @@ class CubeFn(Function):
         return None if dy is None else pointwise_bwd(dy, *ctx.saved_tensors, _CUBE, 0.0)
 
 
+@overridable
 def cube(input: Tensor) -> Tensor:
     r"""The third power:
 
@@ -198,8 +196,6 @@ def cube(input: Tensor) -> Tensor:
 
     Source: the PyTorch tutorial, Double Backward with Custom Functions.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(cube, (input,), input)
     check_tensor("cube", "input", input)
     return CubeFn.call((input,))
 
@@ -215,6 +211,9 @@ class Cube(torch.nn.Module):
 
 
 def grad_reverse_reference(x: Tensor, alpha: float) -> Tensor:
+    if is_traced():  # which keeps no hook
+        turned = scale_reference(x, -alpha)
+        return x.detach() + (turned - turned.detach())
     y = x.view_as(x)
     if y.requires_grad:
         y.register_hook(lambda dy: scale_reference(dy, -alpha))
@@ -239,6 +238,7 @@ class GradReverseFn(Function):
         return None if dy is None else pointwise_bwd(dy, None, _GRAD_REVERSE, -ctx.options[0]), None
 
 
+@overridable
 def grad_reverse(input: Tensor, alpha: float = 1.0) -> Tensor:
     r"""The identity, through which gradients go with another sign and scale:
 
@@ -264,8 +264,6 @@ def grad_reverse(input: Tensor, alpha: float = 1.0) -> Tensor:
 
     Source: Ganin & Lempitsky, Unsupervised Domain Adaptation by Backpropagation, 2014, arXiv:1409.7495.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(grad_reverse, (input,), input, alpha)
     check_tensor("grad_reverse", "input", input)
     return GradReverseFn.call((input,), real("grad_reverse", "alpha", alpha))
 
@@ -314,6 +312,7 @@ def _row(cls, functional, reference, module, option=None, **fields):
         reference=reference,
         samples=samples,
         module=module,
+        shards=lambda *_: ((), {}),
         bench=lambda make, rows, cols: dict(input=make(rows, cols)) | dict.fromkeys(options, 1.5),
         **fields,
     )

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_normalized_shape, compiled, real, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_normalized_shape, compiled, overridable, real, wide, wide_dtype
 
 rms_norm_fwd = compiled("rms_norm_fwd")
 rms_norm_bwd = compiled("rms_norm_bwd")
@@ -60,6 +59,7 @@ class RMSNormFn(Function):
         return dx, dw, None, None, None, None
 
 
+@overridable
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -102,9 +102,6 @@ def rms_norm(
 
     Source: Zhang & Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.
     """
-    if has_torch_function((input, weight)):
-        extra = dict(weight_offset=weight_offset, cast_order=cast_order)
-        return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight, eps, **extra)
     dims = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight = input.float(), None if weight is None else weight.float()
@@ -181,5 +178,6 @@ RMS_NORM = Op(
     permutes=lambda kwargs: {"input": -1, "weight": -1},
     rounding=lambda kwargs: 1.5 if kwargs.get("cast_order") == "llama" else 0.505,
     saved_bytes=_saved_bytes,
+    shards=lambda x, w, dims, *_: (range(-dims, 0), {}),
     bench=lambda make, rows, cols: dict(input=make(rows, cols), normalized_shape=(cols,), weight=make.param(cols), eps=1e-5),
 )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, real, wide, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, overridable, real, wide, wide_dtype
 
 rotary_fwd = compiled("rotary_fwd")
 rotary_bwd = compiled("rotary_bwd")
@@ -152,6 +151,7 @@ def _call(fn: type[Function], tensors: tuple, cos: Tensor, sin: Tensor, *options
     return fn.call((*tensors, cos, sin), *options, outputs=2)
 
 
+@overridable
 def rotary_embedding(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -191,13 +191,11 @@ def rotary_embedding(
 
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv:2104.09864.
     """
-    if has_torch_function((q, k, cos, sin)):
-        options = dict(interleaved=interleaved, position_ids=position_ids)
-        return handle_torch_function(rotary_embedding, (q, k, cos, sin), q, k, cos, sin, **options)
     cos, sin = _tables("rotary_embedding", q, k, cos, sin, position_ids)
     return _call(RotaryEmbeddingFn, (q, k), cos, sin, bool(interleaved))
 
 
+@overridable
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -241,9 +239,6 @@ def qk_norm_rope(
 
     Sources: Henry et al., Query-Key Normalization for Transformers, 2020, arXiv:2010.04245; Su et al. 2021, arXiv:2104.09864.
     """
-    tensors = (q, k, q_weight, k_weight, cos, sin)
-    if has_torch_function(tensors):
-        return handle_torch_function(qk_norm_rope, tensors, *tensors, eps, interleaved=interleaved, position_ids=position_ids)
     cos, sin = _tables("qk_norm_rope", q, k, cos, sin, position_ids)
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
         if w is not None:
@@ -370,6 +365,12 @@ def _norm_bytes(kwargs) -> int:
     return weights + sum(x.nbytes + x.shape[:-1].numel() * wide_dtype(x).itemsize for x in sides)
 
 
+def _shards(q, cos, at: int):
+    """Heads, positions and batch: k has heads of its own number, tables have none."""
+    batch = () if cos.dim() == 2 else (0,) if cos.shape[0] == q.shape[0] else (None,)
+    return (-1,), {1: range(q.dim()), at: (*batch, -2, None), at + 1: (*batch, -2, None)}
+
+
 ROTARY_EMBEDDING = Op(
     name="rotary_embedding",
     fn=RotaryEmbeddingFn,
@@ -380,6 +381,7 @@ ROTARY_EMBEDDING = Op(
     constants=("cos", "sin"),
     by_reference="cos or sin that requires grad",
     saved_bytes=_tables_bytes,
+    shards=lambda q, k, cos, *_: _shards(q, cos, 2),
     bench=lambda make, rows, cols: _heads(make, rows, cols),
 )
 
@@ -392,5 +394,6 @@ QK_NORM_ROPE = Op(
     constants=("cos", "sin"),
     by_reference="cos or sin that requires grad",
     saved_bytes=lambda kwargs: _tables_bytes(kwargs) + _norm_bytes(kwargs),
+    shards=lambda q, k, q_weight, k_weight, cos, *_: _shards(q, cos, 4),
     bench=lambda make, rows, cols: _heads(make, rows, cols) | dict(q_weight=make.param(cols), k_weight=make.param(cols)),
 )

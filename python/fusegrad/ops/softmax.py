@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, real, warn, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, overridable, real, warn, wide, wide_dtype
 
 softmax_fwd = compiled("softmax_fwd")
 softmax_bwd = compiled("softmax_bwd")
@@ -114,7 +113,7 @@ def _over(fn, kind: int, input: Tensor, dim: int | None, dtype: torch.dtype | No
     check_tensor(fn.op, "input", input)
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1
-        warn(f"{fn.op}: the choice of dim for it is deprecated, pass dim ({dim} here)", stacklevel + 1)
+        warn(f"{fn.op}: the choice of dim for it is deprecated, pass dim ({dim} here)", stacklevel + 2)
     least = max(1, input.dim())
     if not -least <= dim < least:
         raise IndexError(f"{fn.op}: dim must be in [{-least}, {least - 1}] for input {list(input.shape)}, got {dim}")
@@ -127,6 +126,7 @@ def _over(fn, kind: int, input: Tensor, dim: int | None, dtype: torch.dtype | No
     return fn.call((input, None), dim % input.dim(), 1.0, False, kind, outputs=1)
 
 
+@overridable
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     r"""Softmax over one dimension:
 
@@ -152,11 +152,10 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
 
     Source: Bridle, Probabilistic Interpretation of Feedforward Classification Network Outputs, 1990.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     return _over(SoftmaxFn, PLAIN, input, dim, dtype, _stacklevel)
 
 
+@overridable
 def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     r"""The logarithm of softmax over one dimension:
 
@@ -183,11 +182,10 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
 
     Source: Bridle, Probabilistic Interpretation of Feedforward Classification Network Outputs, 1990.
     """
-    if has_torch_function((input,)):
-        return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     return _over(LogSoftmaxFn, LOG, input, dim, dtype, _stacklevel)
 
 
+@overridable
 def scaled_masked_softmax(input: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, causal: bool = False) -> Tensor:
     r"""Softmax over the last dimension of scaled logits, some of which are masked out: the weights of attention.
 
@@ -221,8 +219,6 @@ def scaled_masked_softmax(input: Tensor, mask: Tensor | None = None, *, scale: f
 
     Source: Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762.
     """
-    if has_torch_function((input, mask)):
-        return handle_torch_function(scaled_masked_softmax, (input, mask), input, mask, scale=scale, causal=causal)
     check_tensor("scaled_masked_softmax", "input", input)
     if input.dim() < 1 + bool(causal):
         raise RuntimeError(f"scaled_masked_softmax: input must have at least {1 + bool(causal)} dimensions, got {list(input.shape)}")
@@ -331,9 +327,14 @@ def _masked_permutes(kwargs):
     return {"input": -1} | ({"mask": -1} if mask is not None and mask.dim() and mask.shape[-1] == x.shape[-1] else {})
 
 
+def _shards(x, mask, dim, scale, causal, kind):
+    return (dim, -2) if causal else (dim,), {}  # causal: a query's number says what it sees
+
+
 _COMMON = dict(
     samples=_samples,
     permutes=lambda kwargs: {"input": kwargs.get("dim", 0 if kwargs["input"].dim() == 1 else 1)} if kwargs["input"].dim() else {},
+    shards=_shards,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), dim=1),
 )
 SOFTMAX = Op(
@@ -367,5 +368,6 @@ SCALED_MASKED_SOFTMAX = Op(
     permutes=_masked_permutes,
     saves_output=True,
     saved_bytes=lambda kwargs: kwargs["input"].nbytes,
+    shards=_shards,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), mask=make.labels(rows, cols, classes=4) == 0, scale=0.125),
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, reduction_of, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, overridable, reduction_of, wide_dtype
 from .cross_entropy import cross_entropy_reference, loss_numbers
 
 vocab_parallel_cross_entropy_fwd = compiled("vocab_parallel_cross_entropy_fwd")
@@ -92,6 +91,7 @@ class VocabParallelCrossEntropyFn(Function):
         return dx, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
+@overridable
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -137,10 +137,6 @@ def vocab_parallel_cross_entropy(
 
     Source: Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053, section 3.
     """
-    if has_torch_function((input, target)):
-        extra = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss)
-        extra |= dict(logit_softcap=logit_softcap, logit_scale=logit_scale, return_lse=return_lse)
-        return handle_torch_function(vocab_parallel_cross_entropy, (input, target), input, target, group, **extra)
     op = "vocab_parallel_cross_entropy"
     check_tensor(op, "input", input)
     check_tensor(op, "target", target)

@@ -1,0 +1,581 @@
+"""What `fuse` recognises, and what replaces it: `RULES`, tried in order on each module.
+
+Names only say where to look. A class of torch.nn is known by the forward that it runs. Code of models is known by its structure (few
+parameters, few children) and then proved: its own forward is run on small random tensors, or followed with torch.fx, and must compute
+what the kernel computes. A probe is a copy of the module's attributes with parameters of its own: it needs none of the weights, works
+on the meta device, and leaves the module as it is."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from copy import copy
+from types import FunctionType
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Module
+
+from . import functional as F
+from . import nn
+from ._activations import ACTIVATIONS
+from ._fuse import Change, fused
+from ._op import autocast
+from .ops.mlp import GATES
+
+TORCH = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)}
+NORMS_WITH_ACTIVATION = (torch.nn.GroupNorm, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+ROTARY = "apply_rotary_pos_emb"  # the function that models of transformers turn q and k with, each its own
+
+
+# --- what a module is ----------------------------------------------------------------------------------------------------------
+
+
+def _torch_class(m: Module) -> type | None:
+    """The class of torch.nn whose forward it runs, unchanged."""
+    base = next((c for c in type(m).__mro__ if c in TORCH), None)
+    return base if base is not None and type(m).forward is base.forward else None
+
+
+def _added(base: type) -> dict:
+    """What our constructor adds to a module of torch's: found by making one of each."""
+    parameters = inspect.signature(base).parameters.values()
+    sizes = [1 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    with torch.device("meta"):  # draws no random numbers
+        usual, more = vars(base(*sizes)), vars(TORCH[base](*sizes))
+    return {k: v for k, v in more.items() if k not in usual}
+
+
+def _own(tensors: dict) -> dict:
+    return {k: t for k, t in tensors.items() if t is not None}
+
+
+def _runs(m: Module, *forwards: Callable) -> bool:
+    """Whether its class's forward is one of these."""
+    return not isinstance(m, torch.jit.ScriptModule) and type(m).forward in forwards
+
+
+def _leaf(m: Module) -> bool:
+    return not any(True for _ in m.children())
+
+
+def _hooked(m: Module, behind: bool = False) -> bool:
+    """Whether somebody looks at it; with `behind`, at what comes out of it."""
+    kinds = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks") + (() if behind else ("_forward_pre_hooks",))
+    return any(getattr(m, kind) for kind in kinds)
+
+
+def _refusal(m: Module) -> str | None:
+    """Why no rule is asked."""
+    if fused(m):
+        return "it is fused already"
+    if type(m).__module__.partition(".")[0] == "fusegrad":
+        return "it is a layer of fusegrad"
+    if isinstance(m, torch.jit.ScriptModule):
+        return "it is scripted"
+    if "forward" in vars(m):
+        return "its forward is set on the object"
+    if torch.nn.utils.parametrize.is_parametrized(m):
+        return "it is parametrized"
+    if isinstance(m, torch.nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params():
+        return "its parameters are not there yet: run it once"
+    return None
+
+
+# --- probes --------------------------------------------------------------------------------------------------------------------
+
+
+def _probe(m: Module, training: bool = True, **state) -> Module:
+    """A module of m's class and attributes, some of them others; what its forward sets, counts or collects does not reach m."""
+    copied = {k: copy(v) for k, v in vars(m).items() if type(v) in (dict, list, set)} | {
+        k: v.clone() for k, v in vars(m).items() if isinstance(v, Tensor)
+    }
+    copied["_buffers"] = {k: b if b is None else b.clone() for k, b in m._buffers.items()}
+    probe = object.__new__(type(m))
+    probe.__dict__.update(vars(m) | copied, training=training, **state)
+    return probe
+
+
+def _run(m: Module, *inputs: Tensor, forward: Callable | None = None) -> Tensor | None:
+    """Its own forward (or that one) without hooks; None if it is not for such inputs."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            y = (forward or type(m).forward)(m, *inputs)
+    except Exception:  # code of others may raise whatever it likes
+        return None
+    return y if isinstance(y, Tensor) else None
+
+
+def _draw(*shape: int, dtype=torch.float32, seed=0, scale=1.0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) * scale).to(dtype)
+
+
+def _same(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and bool((a - b).abs().max() <= tolerance)
+
+
+def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """But for an element here and there, whose last bit hangs on the order of a sum."""
+    return _same(a, b, 0.25) and (a != b).double().mean().item() < 0.02
+
+
+def _activation(m: Module) -> tuple[str, float] | None:
+    """Name and slope of the activation that it computes, in float64 to the last digits."""
+    named = any(word in type(m).__name__.lower() for word in ("lu", "act", "mish", "sigmoid", "swish", "tanh"))
+    if not named or not _leaf(m) or _own(m._parameters) or _own(m._buffers):
+        return None
+    x = torch.linspace(-6, 25, 311, dtype=torch.float64, device="cpu")  # beyond the threshold of softplus
+    training, evaluating = (_run(_probe(m, mode), x.clone()) for mode in (True, False))
+    slope = getattr(m, "negative_slope", 0.01)
+    if not _same(training, evaluating, 0.0) or not isinstance(slope, float):
+        return None
+    for name, function in ACTIVATIONS.items():
+        if name != "identity" and torch.allclose(training, function(x, slope), rtol=1e-13, atol=1e-13):
+            return name, slope
+    return None
+
+
+# --- what a forward calls ------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m, module_qualified_name):
+        return True
+
+
+def _graphs(m: Module) -> list[fx.Graph]:
+    """m's own forward as calls of its modules, in training and in evaluation. Nothing where it cannot be followed, or takes more than
+    one argument, as its way may then depend on what is given."""
+    if _leaf(m) or _refusal(m):
+        return []
+    try:
+        kinds = [p.kind for p in inspect.signature(type(m).forward).parameters.values()]
+        if len(kinds) != 2 or any(kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds):
+            return []
+        return [_Tracer().trace(_probe(m, training)) for training in (True, False)]
+    except Exception:  # code of others may raise whatever it likes
+        return []
+
+
+def _gated_parts(m: Module, graph: fx.Graph) -> tuple[str, ...] | None:
+    """The names (act, gate, up, down) if down(act(gate(x)) * up(x)) is all that the graph does; (act, both, "", down) if one child
+    makes gate and up, the two halves of its result."""
+    x, *nodes = graph.nodes
+    products = [n for n in nodes if n.op == "call_function" and n.target in (operator.mul, torch.mul)]
+    if len(products) != 1 or len(products[0].users) != 1:
+        return None
+    (product,) = products
+    (down,) = product.users
+    for act, up in (product.args, product.args[::-1]):
+        gate = act.args[0] if isinstance(act, fx.Node) and act.args else None
+        calls = [(act, gate), (down, product)]
+        halves = [n for n in (gate, up) if isinstance(n, fx.Node) and n.target is operator.getitem]
+        if len(halves) == 2:
+            split = gate.args[0]
+            whole = split.args[0] if (split.target, split.args[1:], split.kwargs) == ("chunk", (2,), {"dim": -1}) else None
+            if whole is None or [n.args for n in halves] != [(split, 0), (split, 1)]:
+                continue
+            calls.append((whole, x))
+            names, others = (act.target, whole.target, "", down.target), 5  # split, its halves, product, output
+        else:
+            calls += [(gate, x), (up, x)]
+            names, others = None, 2
+        if len(nodes) != len(calls) + others or not all(
+            isinstance(n, fx.Node) and n.op == "call_module" and n.args == (i,) and not n.kwargs for n, i in calls
+        ):
+            continue
+        names = names or (act.target, gate.target, up.target, down.target)
+        return None if any("." in name for name in names) else names
+    return None
+
+
+def _taken_in(first: Module, second: Module, attributes: dict) -> dict | None:
+    """What `first` becomes if it does the work of `second` too."""
+    kind = _torch_class(first)
+    if _refusal(first) or _refusal(second):
+        return None
+    if kind in (torch.nn.Linear, *NORMS_WITH_ACTIVATION) and "activation" not in attributes:
+        activation = _activation(second)
+        return {"activation": activation[0]} if activation and activation[1] == 0.01 else None
+    if kind is torch.nn.Dropout and _torch_class(second) is kind and first.training == second.training:
+        p = attributes.get("p", first.p)
+        return {"p": p + second.p - p * second.p}
+    return None
+
+
+class Found:
+    """What is known of the whole model before its modules are asked one by one."""
+
+    def __init__(self, names: dict[Module, tuple[str, ...]]):
+        self.names = names
+        self.graphs = {m: graphs for m in names if (graphs := _graphs(m))}
+        self.gated: dict[Module, tuple[str, ...]] = {}  # its activation, and the names of gate, up and down
+        self.within: dict[Module, Module] = {}  # an activation whose work a module around it does
+        self.attributes: dict[Module, dict] = defaultdict(dict)  # of a module that others are joined to
+        self.joined: dict[Module, Module] = {}  # to which one
+        self.why: dict[Module, str] = {}
+        self._find_gated()
+        self._find_joins()
+
+    def _find_gated(self) -> None:
+        for m, graphs in self.graphs.items():
+            parts, again = (_gated_parts(m, graph) for graph in graphs)
+            if parts is None or parts != again:
+                continue
+            act = m.get_submodule(parts[0])
+            activation = _activation(act)
+            if activation is None or activation[0] not in GATES:
+                self.why[m] = f"its activation must be {', '.join(GATES)}, got {type(act).__name__}"
+            elif _hooked(act):
+                self.why[m] = "its activation has a hook"
+            else:
+                self.gated[m], self.within[act] = (activation[0], *parts[1:]), m
+        for m in self.gated:
+            del self.graphs[m]  # gate and activation are no pair
+
+    def _callers(self, m: Module, owners: dict) -> set[Module]:
+        """The modules whose forward may call it: its owners, or theirs if they are lists, which have none."""
+        found = set()
+        for owner in owners[m]:
+            found |= self._callers(owner, owners) if _runs(owner, Module.forward) else {owner}
+        return found
+
+    def _after(self, root: Module, node: fx.Node, through: set[Module]) -> Module | None:
+        """The module that alone takes the node's result, behind those that hand on what they get."""
+        while len(node.users) == 1:
+            (user,) = node.users
+            if user.op != "call_module" or user.args != (node,) or user.kwargs:
+                return None
+            module = root.get_submodule(user.target)
+            if module not in through:
+                return module
+            node = user
+        return None
+
+    def _find_joins(self) -> None:
+        owners = defaultdict(set)
+        for owner in self.names:
+            for child in owner.children():
+                owners[child].add(owner)
+        through = {m for m in self.names if _runs(m, torch.nn.Identity.forward) and not _hooked(m)}
+        while True:
+            after, before, callers = defaultdict(list), defaultdict(list), defaultdict(set)
+            for root, graphs in self.graphs.items():
+                for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module"):
+                    module = root.get_submodule(node.target)
+                    callers[module].add(root)
+                    if module not in through:
+                        next_one = self._after(root, node, through)
+                        after[module].append(next_one)
+                        before[next_one].append(module)
+            wanted = {}
+            for first, follow in after.items():
+                for second in {m for m in follow if m is not None}:
+                    taken = _taken_in(first, second, self.attributes[first])
+                    if taken is not None:
+                        wanted[first, second] = taken
+
+            def refusal(first, second, wanted=wanted, after=after, before=before, callers=callers):
+                if _hooked(first, behind=True) or _hooked(second):
+                    return "a hook sees what is between them"
+                if not all(self._callers(m, owners) <= callers[m] for m in (first, second)):
+                    return "one is called by a forward that cannot be followed"
+                alike = all(wanted.get((first, m)) == wanted[first, second] for m in after[first])
+                if not alike or len(before[second]) != len(after[second]) or any((m, second) not in wanted for m in before[second]):
+                    return "one is called elsewhere too"
+                return None
+
+            refused = True
+            while refused:
+                refused = {pair: reason for pair in wanted if (reason := refusal(*pair))}
+                for pair, reason in refused.items():
+                    del wanted[pair]
+                    self.why |= {m: f"{' and '.join(type(m).__name__ for m in pair)} are not joined: {reason}" for m in pair}
+            seconds = {second for _, second in wanted}
+            heads = {pair: taken for pair, taken in wanted.items() if pair[0] not in seconds}  # of three, the last waits a round
+            if not heads:
+                return
+            for (first, second), taken in heads.items():
+                self.attributes[first] |= taken
+                self.joined[second] = first
+                through.add(second)
+
+
+# --- our classes that torch.nn has no counterpart of -----------------------------------------------------------------------------
+
+
+class Joined(Module):
+    """Hands on what it gets: the layer before it does its work."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class WrittenRMSNorm(nn.RMSNorm):
+    """RMS norm as model code writes it: autocast does not change its dtypes, and where that code rounds before it multiplies
+    (`cast_order="llama"`), a weight of a wider dtype makes the result wider."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and autocast(x):
+            with torch.autocast("cuda", enabled=False):
+                return self.forward(x)
+        if self.cast_order == "llama" and torch.promote_types(x.dtype, self.weight.dtype) != x.dtype:
+            return F.rms_norm(x, self.normalized_shape, None, self.eps) * (self.weight + self.weight_offset)
+        return super().forward(x)
+
+
+class WrittenLayerNorm2d(nn.LayerNorm2d):
+    """Layer norm over channels as image models write it, between two permutes: its result is channels_last, and so is what follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+
+
+class Gated(Module):
+    """down(act(gate(x)) * up(x)) with the activation and the product in one kernel; the parts are the module's own, and one of them
+    may make gate and up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation, gate, up, down = self.gated
+        halves = (getattr(self, up)(x),) if up else ()
+        return getattr(self, down)(GATES[activation](getattr(self, gate)(x), *halves))
+
+
+class Rotary(Module):
+    """A module whose forward is its own, but for the rotary embedding of q and k."""
+
+    @staticmethod
+    def of(base: type) -> dict:
+        """The forward with another name in the place of the function's; the module that it is from gets that name, and no other user
+        of that module notices."""
+        forward = base.forward
+        code, name = forward.__code__, f"_fusegrad_{ROTARY}"
+        forward.__globals__[name] = _rotary(forward.__globals__[ROTARY])
+        code = code.replace(co_names=tuple(name if n == ROTARY else n for n in code.co_names))
+        made = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+        made.__kwdefaults__, made.__annotations__, made.__doc__ = forward.__kwdefaults__, forward.__annotations__, forward.__doc__
+        return {"forward": made}
+
+
+def _rotary(theirs: Callable) -> Callable | None:
+    """Our function of theirs' arguments, if theirs turns q and k as `rotary_embedding` does."""
+    try:
+        if list(inspect.signature(theirs).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+            return None
+        shapes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
+        q, k, cos, sin = (_draw(*shape, seed=i) for i, shape in enumerate(shapes))
+        expected = theirs(q, k, cos, sin)
+        wide = theirs(q.bfloat16(), k.bfloat16(), cos, sin)[0].dtype == torch.float32
+        for interleaved in (False, True):
+
+            def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1, *, interleaved=interleaved, wide=wide):
+                if unsqueeze_dim not in (1, 2):
+                    raise ValueError(f"rotary_embedding: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+                if unsqueeze_dim == 2:  # [batch, seq, heads, dim]
+                    q, k = q.transpose(1, 2), k.transpose(1, 2)
+                if wide:  # float32 tables make 16-bit q and k float32, as in the product that is written there
+                    dtype = torch.promote_types(q.dtype, cos.dtype)
+                    q, k = q.to(dtype), k.to(dtype)
+                if cos.dtype not in (q.dtype, torch.float32) or q.dtype == torch.float64:
+                    cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+                q, k = F.rotary_embedding(q, k, cos, sin, interleaved=interleaved)
+                return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 2 else (q, k)
+
+            if all(_same(a, b, 1e-5) for a, b in zip(expected, apply_rotary_pos_emb(q, k, cos, sin))):
+                return apply_rotary_pos_emb
+    except Exception:  # code of others may raise whatever it likes
+        pass
+    return None
+
+
+def _token_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch, ignore_index: int) -> Tensor:
+    logits, labels = logits.view(-1, vocab_size), labels.view(-1).to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    # Of 16-bit logits autocast makes a float32 loss, without a float32 copy of them.
+    with torch.autocast(logits.device.type, enabled=logits.dtype in (torch.float16, torch.bfloat16), dtype=logits.dtype):
+        loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs) -> Tensor:
+    """Cross entropy of each token's logits with the next token's label, as `loss_function` of a model of transformers."""
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return _token_loss(logits, shift_labels.contiguous(), vocab_size, num_items_in_batch, ignore_index)
+
+
+def masked_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **kwargs) -> Tensor:
+    """Cross entropy of each token's logits with its own label, as `loss_function` of a model of transformers."""
+    return _token_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
+
+
+# --- the rules -----------------------------------------------------------------------------------------------------------------
+# Each takes a module and what was found in the model: a Change, or None if it is not its business.
+
+
+def _change(ours: type, m: Module, attributes: dict, by: str = "", **words) -> Change:
+    text = ", ".join(f"{k}={v!r}" for k, v in words.items())
+    name = next(c.__name__ for c in ours.__mro__ if c.__name__ in nn.__all__) if not by else ""
+    return Change(ours, attributes, type(m).__name__, by or f"fusegrad.nn.{name}({text})")
+
+
+def layer_of_torch(m: Module, found: Found) -> Change | None:
+    """A layer of torch.nn that fusegrad has too, with what is joined to it. A Linear that nothing is joined to is torch's product, as
+    ours would be."""
+    base, taken = _torch_class(m), found.attributes[m]
+    if base is None or (base is torch.nn.Linear and not taken):
+        return None
+    return _change(TORCH[base], m, _added(base) | taken, **taken)
+
+
+def joined(m: Module, found: Found) -> Change | None:
+    """An activation, or a Dropout behind a Dropout, that the module before it takes in."""
+    first = found.joined.get(m)
+    return None if first is None else _change(Joined, m, {}, by=f"joined to the {type(first).__name__} before it")
+
+
+def _agree(a: Module, b: Module, x: Tensor, param_dtype: torch.dtype = torch.float32) -> bool:
+    """Whether both make the same of x, with weights that are drawn; lying in memory alike."""
+    n = len(a.weight)
+    params = {k: None if p is None else _draw(n, dtype=param_dtype, seed=i) for i, (k, p) in enumerate(a._parameters.items(), 1)}
+    theirs, ours = (_run(_probe(m, _parameters={"bias": None} | params), x) for m in (a, b))
+    same = _same(theirs, ours, 1e-4) if x.dtype == torch.float32 else _same_bits(theirs, ours)
+    return same and theirs.stride() == ours.stride()
+
+
+def written_norm(m: Module, found: Found) -> Change | None:
+    """A norm in Python code: a weight, perhaps a bias, one eps."""
+    epsilons = {v for k, v in vars(m).items() if "eps" in k and isinstance(v, float)}
+    own = _own(m._parameters)
+    shapes = {p.shape for p in own.values()}
+    if not _leaf(m) or _own(m._buffers) or "weight" not in own or own.keys() - {"weight", "bias"} or len(epsilons) != 1:
+        return None
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or shape[0] < 2:
+        return None
+    (n,), (eps,) = shape, epsilons
+    scale = eps**0.5 or 1.0  # where eps counts
+    rows, images = _draw(max(4, 2048 // n), n, scale=scale), _draw(2, n, 3, 4, scale=scale)
+    for cls, x in ((nn.LayerNorm, rows), (nn.LayerNorm2d, images), (WrittenLayerNorm2d, images)):
+        ours = cls(n, eps, bias="bias" in own, device="cpu")
+        if _agree(m, ours, x):
+            return _change(cls, m, _attributes(ours) | ({} if "bias" in m._parameters else dict(bias=None)))
+    for options in (dict(weight_offset=o, cast_order=c) for c in ("torch", "llama") for o in (0.0, 1.0)):
+        ours = WrittenRMSNorm((n,), eps, device="cpu", **options)
+        kinds = ((rows, torch.float32), (rows.bfloat16(), torch.bfloat16), (rows.bfloat16(), torch.float32))
+        if "bias" not in own and all(_agree(m, ours, *kind) for kind in kinds):
+            return _change(WrittenRMSNorm, m, _attributes(ours), **options)
+    return None
+
+
+def _attributes(ours: Module) -> dict:
+    """What its constructor sets, beside what each module has."""
+    return {k: v for k, v in vars(ours).items() if k not in vars(Module())}
+
+
+def norm_with_activation(m: Module, found: Found) -> Change | None:
+    """A subclass of a norm of torch's whose forward applies its child, an activation, to the result."""
+    base = next((c for c in NORMS_WITH_ACTIVATION if isinstance(m, c)), None)
+    acts = [c for c in m.children() if not _runs(c, torch.nn.Identity.forward)]
+    if base is None or _leaf(m) or len(acts) > 1 or m.weight is None or any(map(_hooked, m.children())):
+        return None
+    name, slope = _activation(acts[0]) or (None, None) if acts else ("identity", 0.01)
+    if slope != 0.01:
+        return None
+    c = len(m.weight)
+    x = _draw(6, c, *[3] * {torch.nn.BatchNorm1d: 0, torch.nn.BatchNorm3d: 3}.get(base, 2))
+    for training in (True, False):
+        results = []
+        for forward in (type(m).forward, base.forward):
+            buffers = {k: b if b is None else torch.ones(b.shape, device="cpu") for k, b in m._buffers.items()}
+            params = dict(weight=_draw(c, seed=1), bias=_draw(c, seed=2))
+            probe = _probe(m, training, _parameters=params, _buffers=buffers)
+            results.append((_run(probe, x, forward=forward), *_own(buffers).values()))
+        (theirs, *after), (norm, *expected) = results
+        if norm is None or not _same(theirs, ACTIVATIONS[name](norm, slope), 1e-4) or not all(map(torch.equal, after, expected)):
+            return None
+    activation = dict(activation=name) if acts else {}
+    found.within |= dict.fromkeys(acts, m)
+    return _change(TORCH[base], m, _added(base) | activation, **activation)
+
+
+def gated_mlp(m: Module, found: Found) -> Change | None:
+    """down(act(gate(x)) * up(x)), whatever the parts are called."""
+    gated = found.gated.get(m)
+    return None if gated is None else _change(Gated, m, dict(gated=gated), by=f"fusegrad.functional.{GATES[gated[0]].__name__}")
+
+
+def written_activation(m: Module, found: Found) -> Change | None:
+    """An activation in Python code, or the one of a gated MLP or a norm. Those of torch.nn are one kernel already."""
+    into = found.within.get(m)
+    if (into is None and type(m).__module__.startswith("torch.")) or getattr(m, "inplace", False):
+        return None
+    activation = _activation(m)
+    if activation is None:
+        return None
+    name, slope = activation
+    attributes = dict(num_features=None, activation=name, bias=None, options=dict(scale=1.0, negative_slope=slope, dim=-1))
+    by = "" if into is None else f"in the kernel of its {type(into).__name__}"
+    return _change(nn.BiasAct, m, attributes, by=by, activation=name)
+
+
+def rotary_caller(m: Module, found: Found) -> Change | None:
+    """A module whose forward calls the function of its file that turns q and k."""
+    forward = type(m).forward
+    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names or hasattr(forward, "__wrapped__"):
+        return None
+    if _rotary(forward.__globals__.get(ROTARY)) is None:
+        found.why[m] = f"its {ROTARY} is another one than rotary_embedding"
+        return None
+    return Change(Rotary, {}, f"{type(m).__name__}.{ROTARY}", "fusegrad.functional.rotary_embedding")
+
+
+def token_loss(m: Module, found: Found) -> Change | None:
+    """`loss_function`, a property of models of transformers, where it is the cross entropy of tokens."""
+    attribute = getattr(type(m), "loss_function", None)
+    if not isinstance(attribute, property) or "labels" not in inspect.signature(type(m).forward).parameters:
+        return None
+    theirs = m.loss_function
+    name = getattr(theirs, "__name__", type(theirs).__name__)
+    logits, labels = _draw(2, 5, 7), torch.tensor([[1, 2, -100, 4, 6], [0, -100, 3, 5, 2]], device="cpu")
+    divisors = ({}, dict(num_items_in_batch=3), dict(num_items_in_batch=torch.tensor(5, device="cpu")))
+    for ours in (causal_lm_loss, masked_lm_loss):
+        try:
+            results = [[f(logits=logits, labels=labels, vocab_size=7, **items) for f in (theirs, ours)] for items in divisors]
+        except Exception:  # code of others may raise whatever it likes
+            break
+        if all(_same(*pair, 1e-5) for pair in results) and _probe(m, _loss_function=ours).loss_function is ours:
+            layer = f"{type(m).__name__}.loss_function"
+            return Change(None, dict(_loss_function=ours), layer, f"fusegrad.functional.cross_entropy (was {name})")
+    found.why[m] = f"its loss_function, {name}, is no cross entropy of tokens"
+    return None
+
+
+RULES = (joined, layer_of_torch, written_norm, norm_with_activation, gated_mlp, written_activation, rotary_caller, token_loss)
+
+
+def plan(names: dict[Module, tuple[str, ...]]) -> tuple[dict[Module, Change], dict[Module, str]]:
+    """What to change, and why not the other layers (modules without children, and what else looked like something)."""
+    found, changes, kept = Found(names), {}, {}
+    for m in names:
+        refusal = _refusal(m)
+        change = None if refusal else next((change for rule in RULES if (change := rule(m, found))), None)
+        if change is not None:
+            changes[m] = change
+        elif refusal or m in found.why or (_leaf(m) and not _runs(m, Module.forward, torch.nn.Identity.forward)):
+            kept[m] = refusal or found.why.get(m) or _nothing(m, found)
+    return changes, kept
+
+
+def _nothing(m: Module, found: Found) -> str:
+    if m in found.within:
+        return f"its {type(found.within[m]).__name__} does its work now"
+    if _torch_class(m) is torch.nn.Linear:
+        return "no activation follows that it could take in; the product is torch's"
+    if _activation(m) is not None:
+        return "it is one kernel, and no layer before it can take it in"
+    return "fusegrad has no layer for it"
