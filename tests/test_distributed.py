@@ -143,7 +143,7 @@ def distributed(sample, mesh, dim, alike):
     return Sample(sample.name, sample.kwargs | {k: placed(v) for k, v in tensors(sample).items()})
 
 
-def test_every_op_has_a_rule_for_dtensors():
+def test_e3_every_op_has_a_rule_for_dtensors():
     """But these: torch has it for a linear layer, and the other takes what each process has."""
     assert {op.name for op in OPS.values() if op.shards is None} == {"linear", "vocab_parallel_cross_entropy"}
 

@@ -69,24 +69,6 @@ def test_what_the_smallest_ops_save():
     assert list(saved_by(lambda: fused.cube(x))[0]) == [x.data_ptr()]
 
 
-def test_no_incoming_gradient_costs_nothing():
-    """Where no gradient arrives none is made, not even of zeros."""
-    for f in (lambda x: fused.scale(x, 2.0), fused.exp, fused.cube, fused.grad_reverse, fused.swiglu, fused.bias_act):
-        x = draw(2, 4)
-
-        class Nothing(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, y):
-                return y.clone()
-
-            @staticmethod
-            def backward(ctx, g):
-                return None
-
-        Nothing.apply(f(x)).sum().backward()
-        assert x.grad is None
-
-
 @pytest.mark.parametrize("f, name", ((fused.scale, "factor"), (fused.grad_reverse, "alpha")))
 def test_factors_are_numbers(f, name):
     """A tensor would expect a gradient."""
