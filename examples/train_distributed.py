@@ -140,4 +140,5 @@ if __name__ == "__main__":
     else:  # as torchrun does it
         from torch.distributed.run import main
 
-        main(["--standalone", f"--nproc-per-node={chosen.processes}", __file__, *sys.argv[1:]])
+        # The processes find each other by this address: the machine's own name, the default, need not resolve.
+        main(["--standalone", "--local-addr=localhost", f"--nproc-per-node={chosen.processes}", __file__, *sys.argv[1:]])
