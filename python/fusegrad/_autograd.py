@@ -1,39 +1,49 @@
-"""What every fused op's autograd.Function shares. The rule that keeps every order of derivative exact:
+"""What every fused op's autograd.Function shares. The rules that keep every order of derivative exact:
 
-a backward runs the kernel only where nobody can differentiate it; with grad mode on (create_graph=True), or while a forward-mode
-level is open, it is the vector-Jacobian product of the op's reference instead, which torch differentiates like any code.
+A backward is an op of its own, `_Backward`, wherever somebody may differentiate it (create_graph=True, torch.func): its numbers come
+from the kernel, its derivative is that of the vector-Jacobian product of the op's reference, which torch differentiates like any
+code. While a forward-mode level is open everything is the reference.
+
+Under vmap a batch dimension is moved to the front, where it is more rows. A parameter's gradient is then that of each sample.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from . import _op
+from . import _op, _transforms
 
-# Function.apply binds default arguments with inspect.signature each time, 50 us that a complete positional call does not need.
-# Its base does the work; without it (a private name) apply is right, only slower.
-_BASE = getattr(torch._C, "_FunctionBase", None)
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None) or (lambda: True)
 _is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
-_is_legacy_batched = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None) or (lambda t: False)
-
-
-def _forward_mode_open() -> bool:
-    return getattr(forward_ad, "_current_level", 0) >= 0
+# Sample by sample a kernel costs some microseconds a call; of many small samples torch code of all of them together is cheaper.
+_FEW_SAMPLES, _LARGE_SAMPLE = 64, 1024
 
 
 class Function(torch.autograd.Function):
     """Base of the ops' Functions. A subclass has `forward`, `setup_context` and a `backward` made by `differentiable`; its
     tensor arguments come first. It sets `op`, the op's name, and `reference`, which takes the arguments of `apply` and returns
-    what the caller gets; the forward may return more after it, to be saved."""
+    what the caller gets; the forward may return more after it, to be saved.
+
+    It is vmapped by its kernels if it sets `params`; then the other tensors, given, saved or returned, have the rows in their first
+    dimensions, and what is saved starts with the tensor arguments."""
 
     op: str
     reference: Callable
+    params: tuple[int, ...] | None = None  # the places of the tensor arguments that all rows share; None: no vmap of the kernels
+    rule: _Rule | None = None  # of its backward
+    dim: int | None = None  # the option that counts a dimension from the front, by its place from the end (-1: the last)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        backward = cls.__dict__.get("backward", cls.rule)
+        cls.rule = backward if isinstance(backward, _Rule) else None
+        if cls.rule is not None:
+            cls.backward = staticmethod(cls.rule.backward_of(cls))
 
     @classmethod
     def call(cls, tensors: Sequence[torch.Tensor | None], *options, outputs: int | None = None):
@@ -45,7 +55,7 @@ class Function(torch.autograd.Function):
         if _op._forced_reference:
             return cls.reference(*tensors, *options)
         if torch.compiler.is_compiling():
-            if torch.onnx.is_in_onnx_export():  # ONNX knows torch's operators only
+            if torch.onnx.is_in_onnx_export() or _transforms.traced():  # ONNX knows torch's operators only
                 return cls.reference(*tensors, *options)
             return _first(outputs, cls.apply(*_distinct(tensors), *options))
         reason = _op.why_not(tensors[0])
@@ -55,14 +65,80 @@ class Function(torch.autograd.Function):
         if _is_tracing():  # as does TorchScript, and the ONNX exporter that is built on it
             _op.count(cls.op, "a trace is recorded")
             return cls.reference(*tensors, *options)
-        if _functorch_active() or _forward_mode_open():
-            _op.count(cls.op, "a transform or forward mode is active")
+        if _transforms.forward_mode_open():
+            _op.count(cls.op, "forward mode is active")
             return cls.reference(*tensors, *options)
-        if not torch.is_grad_enabled():
+        if _transforms.active():
+            reason = cls._why_no_transform(tensors)
+            if reason is not None:
+                _op.count(cls.op, reason)
+                return cls.reference(*tensors, *options)
+        elif not torch.is_grad_enabled():
             return _first(outputs, cls.forward(*tensors, *options))
-        if _BASE is None:
-            return _first(outputs, cls.apply(*tensors, *options))
-        return _first(outputs, super(torch.autograd.Function, cls).apply(*tensors, *options))
+        return _first(outputs, _transforms.apply(cls, *tensors, *options))
+
+    @classmethod
+    def _why_no_transform(cls, tensors) -> str | None:
+        """The sentence that says why the transforms at hand go through the reference; None if they do not."""
+        if cls.rule is None or not _transforms.only_grad_and_vmap():
+            return "a transform other than grad and vmap is active"
+        batched = [i for i, t in enumerate(tensors) if _transforms.is_batched(t)]
+        if batched and cls.params is None:
+            return "vmap has no kernel"
+        return "a parameter is vmapped" if batched and any(i in cls.params for i in batched) else None
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        moved = [
+            _to_front(a, d, info.batch_size) if isinstance(a, torch.Tensor) and i not in cls.params else a
+            for i, (a, d) in enumerate(zip(args, in_dims))
+        ]
+        return _transforms.apply(cls, *cls.deeper(moved, 1)), 0
+
+    @classmethod
+    def deeper(cls, options: Sequence, by: int) -> list:
+        """The options, or all arguments, of the same call with so many dimensions in front."""
+        options = list(options)
+        if cls.dim is not None:
+            options[cls.dim] += by
+        return options
+
+    @classmethod
+    def of_samples(cls, ctx, samples: Sequence[int], *grads) -> list:
+        """The gradients where everything but parameters has `samples` as its first dimensions; those of parameters have them too."""
+        params, rows = cls._needs(ctx, True), cls._needs(ctx, False)
+        count, size = math.prod(samples), max(g.numel() for g in grads if g is not None)
+        if any(params) and (0 < count <= _FEW_SAMPLES or size >= _LARGE_SAMPLE * count > 0):
+            return _one_by_one(ctx, samples, count, grads)
+        found = [None] * len(rows)
+        if any(rows):
+            found = ctx.replace(needs_input_grad=rows, options=cls.deeper(ctx.options, len(samples)), batch=0).kernel_result(grads)
+        if any(params):
+            of_params = ctx.replace(needs_input_grad=params).torch_result(grads)
+            found = [r if p is None else p for p, r in zip(of_params, found)]
+        return found
+
+    @classmethod
+    def _needs(cls, ctx, params: bool) -> tuple:
+        return tuple(need and (i in cls.params) == params for i, need in enumerate(ctx.needs_input_grad))
+
+
+def _one_by_one(ctx, samples, count, grads) -> list:
+    """A kernel call for each sample."""
+    params = ctx.fn.params
+    split = [
+        t.reshape(count, *t.shape[len(samples) :]).unbind() if t is not None and i not in params else [t] * count
+        for i, t in enumerate((*ctx.saved_tensors, *grads))
+    ]
+    n, one, found = len(ctx.saved_tensors), ctx.replace(batch=0), []
+    for tensors in zip(*split):
+        one.saved_tensors = tensors[:n]
+        found.append(one.kernel_result(tensors[n:]))
+    return [None if parts[0] is None else torch.stack(parts).unflatten(0, samples) for parts in zip(*found)]
+
+
+def _to_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _distinct(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -88,58 +164,128 @@ def differentiable(inputs: Callable | None = None, *, formula: Callable | None =
 
     An op whose inputs are not to be had gives a `formula` instead: `formula(ctx, saved, *grads)` are the gradients of the first
     inputs as torch code of the saved tensors. A saved output hangs on the inputs by this very Function: it is exact at every order."""
+    return lambda kernel: _Rule(kernel, inputs, formula)
 
-    def decorate(kernel: Callable) -> Callable:
+
+class _Rule:
+    def __init__(self, kernel, inputs, formula):
+        self.kernel, self.inputs, self.formula = kernel, inputs, formula
+
+    def backward_of(self, fn: type[Function]) -> Callable:
+        kernel = self.kernel
+
         def backward(ctx, *grads):
-            if not torch.compiler.is_compiling() and (
-                torch.is_grad_enabled() or _forward_mode_open() or any([g is not None and _is_legacy_batched(g) for g in grads])
-            ):
-                return reference_vjp(ctx, inputs(ctx), grads) if formula is None else formula_vjp(ctx, formula, grads)
+            if torch.compiler.is_compiling():
+                return kernel(ctx, *grads)
+            if _transforms.forward_mode_open() or any([g is not None and _transforms.is_legacy_batched(g) for g in grads]):
+                return tuple(_Call.of(fn, ctx).torch_result(grads))
+            if torch.is_grad_enabled() or _transforms.active():
+                return _Backward.of(_Call.of(fn, ctx), grads)
             return kernel(ctx, *grads)
 
-        return staticmethod(backward)
+        return backward
 
-    return decorate
+
+class _Call(SimpleNamespace):
+    """The ctx of a call, as a plain value that says also which Function's it is and how many dimensions of `batch` are in front of
+    all that has rows."""
+
+    @classmethod
+    def of(cls, fn, ctx) -> _Call:
+        saved = tuple(t if t is None else _transforms.unwrap_if_dead(t) for t in ctx.saved_tensors)
+        return cls(**{**vars(ctx), "fn": fn, "batch": 0, "needs_input_grad": ctx.needs_input_grad, "saved_tensors": saved})
+
+    def replace(self, **changes) -> _Call:
+        return _Call(**{**vars(self), **changes})
+
+    def batch_dims(self, grads: Sequence) -> tuple:
+        """Where vmap finds a level of the batch, in what was saved and the gradients."""
+        return tuple(None if t is None or i in self.fn.params else 0 for i, t in enumerate((*self.saved_tensors, *grads)))
+
+    def kernel_result(self, grads: Sequence[torch.Tensor | None]) -> list:
+        if self.batch:
+            shape = next(t for t, d in zip((*self.saved_tensors, *grads), self.batch_dims(grads)) if d == 0).shape
+            return self.fn.of_samples(self, shape[: self.batch], *grads)
+        found = self.fn.rule.kernel(self, *grads)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def torch_result(self, grads: Sequence[torch.Tensor | None]) -> list:
+        """The same gradients in torch code, which can be differentiated again."""
+        _op.count(self.fn.op, "the backward is differentiated")
+        tensors, n = (*self.saved_tensors, *grads), len(self.saved_tensors)
+
+        def f(*tensors):
+            call = self.replace(saved_tensors=tensors[:n])
+            rule = self.fn.rule
+            if rule.formula is not None:
+                return rule.formula(call, tensors[:n], *tensors[n:])
+            inputs = rule.inputs(call)
+            needed = [i for i, need in enumerate(self.needs_input_grad[: len(inputs)]) if need]
+            return _transforms.vjp(lambda *inputs: self.fn.reference(*inputs, *self.options), inputs, needed, tensors[n:])
+
+        for _ in range(self.batch):
+            f = _transforms.vmapped(f, self.batch_dims(grads))
+        with _without_autocast(next(t for t in tensors if t is not None).device.type):
+            found = f(*tensors)
+        return [*found, *[None] * (len(self.needs_input_grad) - len(found))]
+
+
+class _Backward(torch.autograd.Function):
+    """A backward as an op: the kernel, and as its own derivative that of the torch code that is equal to it."""
+
+    @classmethod
+    def of(cls, call: _Call, grads: Sequence[torch.Tensor | None]) -> tuple:
+        if all(g is None for g in grads):
+            return (None,) * len(call.needs_input_grad)
+        tensors = (*call.saved_tensors, *grads)
+        return _transforms.apply(cls, call.replace(saved_tensors=(None,) * len(call.saved_tensors)), *tensors)
+
+    @staticmethod
+    def with_tensors(call, tensors):
+        n = len(call.saved_tensors)
+        return call.replace(saved_tensors=tensors[:n]), tensors[n:]
+
+    @staticmethod
+    def forward(call, *tensors):
+        call, grads = _Backward.with_tensors(call, tensors)
+        with _without_autocast(next(g for g in grads if g is not None).device.type):
+            found = call.kernel_result(grads)
+        # A gradient may be what came in, or stand for two inputs; autograd tells results apart by what they are.
+        taken = [id(t) for t in tensors]
+        return tuple(y.view_as(y) if y is not None and id(y) in taken + [id(z) for z in found[:i]] else y for i, y in enumerate(found))
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.call, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        def f(*tensors):
+            call, grads = _Backward.with_tensors(ctx.call, tensors)
+            return call.torch_result(grads)
+
+        needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        saved = [t if t is None else _transforms.unwrap_if_dead(t) for t in ctx.saved_tensors]
+        return None, *_transforms.vjp(f, saved, needed, grads)
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        dims, params = in_dims[1:], call.fn.params
+        if params is not None and all(dims[i] is None for i in params):
+            moved = [t if t is None or i in params else _to_front(t, d, info.batch_size) for i, (t, d) in enumerate(zip(tensors, dims))]
+            return _transforms.apply(_Backward, call.replace(batch=call.batch + 1), *moved), 0
+
+        def f(*tensors):
+            call_, grads = _Backward.with_tensors(call, tensors)
+            return call_.torch_result(grads)
+
+        return tuple(_transforms.vmapped(f, dims)(*tensors)), 0
 
 
 def _without_autocast(device: str):
     return torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False)
-
-
-def reference_vjp(ctx, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> tuple:
-    """The gradients of the reference, as a graph over `inputs` and `grads` that can be differentiated again."""
-    fn = ctx._forward_cls
-    _op.count(fn.op, "the backward is differentiated")
-    create_graph = torch.is_grad_enabled()
-    needed = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    with torch.enable_grad(), _without_autocast(inputs[0].device.type):
-        # A view of each: the same tensor may be given twice, and each place has its own gradient.
-        inputs = [t.view_as(t) if i in needed else t for i, t in enumerate(inputs)]
-        outputs = fn.reference(*inputs, *ctx.options)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None and y.requires_grad]
-        if not pairs:
-            found = [None] * len(needed)
-        else:
-            ys, gs = zip(*pairs)
-            found = torch.autograd.grad(ys, [inputs[i] for i in needed], gs, create_graph=create_graph, allow_unused=True)
-    result = [None] * len(ctx.needs_input_grad)
-    for i, g in zip(needed, found):
-        result[i] = g
-    return tuple(result)
-
-
-def formula_vjp(ctx, formula: Callable, grads: Sequence[torch.Tensor | None]) -> tuple:
-    """The gradients that `formula` makes of what was saved, in a graph that can be differentiated again."""
-    _op.count(ctx._forward_cls.op, "the backward is differentiated")
-    result = [None] * len(ctx.needs_input_grad)
-    saved = ctx.saved_tensors  # once: checkpointing counts
-    given = [g for g in grads if g is not None]
-    if given:
-        with _without_autocast(given[0].device.type):
-            found = formula(ctx, saved, *grads)
-        result[: len(found)] = found
-    return tuple(result)
 
 
 class _NoSecondOrder(torch.autograd.Function):

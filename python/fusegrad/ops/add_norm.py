@@ -62,7 +62,7 @@ def _with_that_sum(*params):
     def inputs(ctx):
         saved = ctx.saved_tensors  # once: checkpointing counts
         s = saved[0]
-        return s.new_zeros(()).expand_as(s).requires_grad_(), s, *(saved[i] for i in params)
+        return s.new_zeros(()).expand_as(s), s, *(saved[i] for i in params)
 
     return inputs
 

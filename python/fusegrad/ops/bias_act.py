@@ -39,6 +39,7 @@ def _(dy, x, b, act, scale, slope, dim, needed):
 class BiasActFn(Function):
     op = "bias_act"
     reference = staticmethod(bias_act_reference)
+    params, dim = (1,), -1
 
     @staticmethod
     def forward(x, b, act, scale, slope, dim):
@@ -56,6 +57,16 @@ class BiasActFn(Function):
         if dy is not None:
             dx, db = bias_act_bwd(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:2])
         return dx, db, None, None, None, None
+
+    @classmethod
+    def of_samples(cls, ctx, samples, dy):
+        if dy.itemsize == 2:  # the input's gradient is rounded
+            return super().of_samples(ctx, samples, dy)
+        *options, dim = cls.deeper(ctx.options, len(samples))
+        dx, _ = bias_act_bwd(dy, *ctx.saved_tensors, *options, dim, (True, False))
+        others = [d for d in range(len(samples), dx.dim()) if d != dim]
+        db = (dx.sum(others) if others else dx.clone()) if ctx.needs_input_grad[1] else None
+        return [dx, db, None, None, None, None]
 
 
 @overridable

@@ -92,7 +92,7 @@ def _residual_stands_for(ctx) -> tuple:
     # A residual is added, and nothing else happens to it: its value does not matter to any derivative, and is not kept.
     x, w, b, r, mean, var, stats = ctx.saved_tensors
     if r is None and ctx.needs_input_grad[3]:
-        r = torch.zeros_like(x).requires_grad_()
+        r = torch.zeros_like(x)
     return x, w, b, r, mean, var
 
 

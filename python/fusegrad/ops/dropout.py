@@ -60,7 +60,7 @@ def _(dy, bias, seed, p, needed):
 def _inputs(ctx) -> tuple:
     """Of the forward, with zeros for the ones of x's shape: the ops are linear in them, so that no derivative depends on them."""
     *bias, seed = ctx.saved_tensors
-    zeros = seed.new_zeros((), dtype=ctx.dtype).expand(ctx.shape).requires_grad_()
+    zeros = seed.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
     return (zeros, *bias, zeros, seed) if bias else (zeros, seed)
 
 

@@ -39,6 +39,7 @@ def _(dy, x, w, b, mean, rstd, dims, needed):
 class LayerNormFn(Function):
     op = "layer_norm"
     reference = staticmethod(layer_norm_reference)
+    params = (1, 2)
 
     @staticmethod
     def forward(x, w, b, dims, eps):

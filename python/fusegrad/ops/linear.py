@@ -25,6 +25,7 @@ def linear_reference(x: Tensor, w: Tensor, b: Tensor | None, act: int) -> Tensor
 class LinearFn(Function):
     op = "linear"
     reference = staticmethod(linear_reference)
+    params = (1, 2)
 
     @staticmethod
     def forward(x, w, b, act):
@@ -44,22 +45,34 @@ class LinearFn(Function):
 
     @differentiable(lambda ctx: ctx.saved_tensors[:3])
     def backward(ctx, dy, _):
-        dx = dw = db = None
-        if dy is not None:
-            x, w, b, product = ctx.saved_tensors
-            (act,) = ctx.options
-            of_x, of_w, of_b = ctx.needs_input_grad[:3]
-            dz = dy
-            if product is not None:
-                dz, db = bias_act_bwd(dy, product, b, act, *_AS_IS, dy.dim() - 1, (of_x or of_w, of_b))
-            elif of_b:
-                _, db = bias_act_bwd(dy, dy, b, act, *_AS_IS, dy.dim() - 1, (False, True))
-            if of_x:
-                dx = dz.matmul(w)
-            if of_w:
-                rows = math.prod(x.shape[:-1])
-                dw = dz.reshape(rows, w.shape[0]).t().mm(x.reshape(rows, w.shape[1]))
-        return dx, dw, db, None
+        return _backward(ctx, (), dy)
+
+    @classmethod
+    def of_samples(cls, ctx, samples, dy, _):
+        return _backward(ctx, samples, dy)
+
+
+def _backward(ctx, samples, dy):
+    """With samples as first dimensions of all rows, the gradients of weight and bias have them too: batched products, and sums."""
+    dx = dw = db = None
+    if dy is not None:
+        x, w, b, product = ctx.saved_tensors
+        (act,) = ctx.options
+        of_x, of_w, of_b = ctx.needs_input_grad[:3]
+        dz, of_all = dy, of_b and not samples
+        if product is not None:
+            dz, db = bias_act_bwd(dy, product, b, act, *_AS_IS, dy.dim() - 1, (of_x or of_w or (of_b and not of_all), of_all))
+        elif of_all:
+            _, db = bias_act_bwd(dy, dy, b, act, *_AS_IS, dy.dim() - 1, (False, True))
+        if of_x:
+            dx = dz.matmul(w)
+        rows = math.prod(x.shape[len(samples) : -1])
+        dz = dz.reshape(*samples, rows, w.shape[0])
+        if of_w:
+            dw = dz.mT @ x.reshape(*samples, rows, w.shape[1])
+        if of_b and samples:
+            db = dz.sum(-2)
+    return dx, dw, db, None
 
 
 @overridable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import _functorch_active
+from .. import _transforms
 from .gated import geglu, geglu_tanh, reglu, swiglu
 from .linear import Linear
 
@@ -22,7 +22,7 @@ class _Recomputing(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # Within a functorch level checkpoints are not to be had, nor of use: it differentiates within the call.
-        if self.recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _functorch_active()):
+        if self.recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _transforms.active()):
             return checkpoint(self.layers, input, use_reentrant=False, preserve_rng_state=False)
         return self.layers(input)
 

@@ -33,6 +33,7 @@ def scale_reference(x: Tensor, factor: float) -> Tensor:
 class ScaleFn(Function):
     op = "scale"
     reference = staticmethod(scale_reference)
+    params = ()
 
     @staticmethod
     def forward(x, factor):
@@ -98,6 +99,7 @@ def exp_reference(x: Tensor) -> Tensor:
 class ExpFn(Function):
     op = "exp"
     reference = staticmethod(exp_reference)
+    params = ()
 
     @staticmethod
     def forward(x):
@@ -159,6 +161,7 @@ def cube_reference(x: Tensor) -> Tensor:
 class CubeFn(Function):
     op = "cube"
     reference = staticmethod(cube_reference)
+    params = ()
 
     @staticmethod
     def forward(x):
@@ -223,6 +226,7 @@ def grad_reverse_reference(x: Tensor, alpha: float) -> Tensor:
 class GradReverseFn(Function):
     op = "grad_reverse"
     reference = staticmethod(grad_reverse_reference)
+    params = ()
 
     @staticmethod
     def forward(x, alpha):

@@ -36,6 +36,7 @@ def _(dy, x, w, rstd, dims, offset, needed):
 class RMSNormFn(Function):
     op = "rms_norm"
     reference = staticmethod(rms_norm_reference)
+    params = (1,)
 
     @staticmethod
     def forward(x, w, dims, eps, offset, cast_first):

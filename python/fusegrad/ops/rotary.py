@@ -65,7 +65,7 @@ def _inputs(ctx) -> tuple:
     """Of the forward, with zeros for q and k: the op is linear in them, so that no derivative depends on them."""
     cos, sin = ctx.saved_tensors
     zero = cos.new_zeros((), dtype=ctx.dtype)
-    return *(zero.expand(shape).requires_grad_() for shape in ctx.shape), cos, sin
+    return *(zero.expand(shape) for shape in ctx.shape), cos, sin
 
 
 class RotaryEmbeddingFn(Function):

@@ -96,11 +96,13 @@ class _SoftmaxFn(Function):
 class SoftmaxFn(_SoftmaxFn):
     op = "softmax"
     reference = staticmethod(softmax_reference)
+    params, dim = (), -4
 
 
 class LogSoftmaxFn(_SoftmaxFn):
     op = "log_softmax"
     reference = staticmethod(log_softmax_reference)
+    params, dim = (), -4
 
 
 class ScaledMaskedSoftmaxFn(_SoftmaxFn):
