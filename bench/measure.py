@@ -18,9 +18,9 @@ import fusegrad
 from fusegrad import _C
 from fusegrad._op import Sample
 from fusegrad._samples import Make
+from fusegrad.testing.budget import budget_breach, reference
 
 PHASES = ("forward", "backward", "both")
-TESTS = str(Path(__file__).resolve().parent.parent / "tests")  # the error budget is theirs
 MOST_MEMORY = 400e6  # bytes of inputs that a cell rotates through
 
 
@@ -137,12 +137,8 @@ def peak_bytes(f, call, device) -> int:
 
 
 def wrong(op, name, f, call) -> str | None:
-    """Why a side's result on these inputs is not to be trusted: ours by the error budget of the tests, another's if its distance from
+    """Why a side's result on these inputs is not to be trusted: ours by the error budget, another's if its distance from
     the float64 reference is more than 100 eps of the reference's norm (4 eps in 16 bits), since it may round in between."""
-    if TESTS not in sys.path:
-        sys.path.append(TESTS)
-    from table import budget_breach, reference
-
     if op.random and name != "fusegrad":  # it draws otherwise, and there is nothing to compare it with
         return None
     torch.manual_seed(17)  # as the table's calls do
