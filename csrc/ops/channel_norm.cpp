@@ -1,6 +1,7 @@
 #include "channel_norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
@@ -87,6 +88,13 @@ class Walk {
   const char* op() const { return op_; }
   const Tensor& x() const { return x_; }
 
+  // The same with the groups as channels, where those of a group lie next to each other: one row for many.
+  static Tensor groups_as_channels(const Tensor& x, int64_t groups) {
+    const int64_t n = x.size(0), c = x.size(1), l = x.numel() / std::max<int64_t>(1, n * c), apart = step(x);
+    if (apart < 0 || x.stride(1) != l * apart) return x;
+    return x.as_strided({n, groups, c / groups * l}, {x.stride(0), c / groups * x.stride(1), apart}, x.storage_offset());
+  }
+
  private:
   enum Kind { kPlanes, kSamples, kShortPlanes };
   static constexpr int64_t kShort = 32;
@@ -159,6 +167,12 @@ void statistics(const Walk& walk, const Tensor& stats) {
   using S = ChannelStatistics;
   const int64_t sets = stats[0].numel();
   const Tensor by_set = cells.view({3, sets, sets ? cells.numel() / (3 * sets) : 0});
+  if (by_set.size(2) == 1) {
+    stats[0].view(-1).copy_(by_set[M::kMean].view(-1));
+    Tensor var = stats[1].view(-1);
+    at::div_out(var, by_set[M::kSquares].view(-1), by_set[M::kCount].view(-1));
+    return;
+  }
   Frame frame(walk.op(), by_set[0], "input", 1, 2);
   RowArgs<S> args{};
   for (int i : {S::kCount, S::kMean, S::kSquares}) frame.in(args.in[i], by_set[i], "cells");
@@ -230,7 +244,7 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
     const Tensor some = x.narrow(0, first, count), y_some = y.narrow(0, first, count);
     const OptTensor r_some = narrow(r, 0, first, count), found = groups ? narrow(stats, 1, first, count) : stats;
     const Walk walk(op, some, !groups, {r_some, y_some});
-    if (given(found)) statistics(walk, *found);
+    if (given(found)) statistics(groups ? Walk(op, Walk::groups_as_channels(some, groups), false, {}) : walk, *found);
     const auto of = [&](int i) {
       return !given(found) ? i ? *var : *mean : groups ? per_channel((*found)[i], x.size(1)) : (*found)[i];
     };
