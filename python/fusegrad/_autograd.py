@@ -55,7 +55,8 @@ class Function(torch.autograd.Function):
         if _op._forced_reference:
             return cls.reference(*tensors, *options)
         if torch.compiler.is_compiling():
-            if torch.onnx.is_in_onnx_export() or _transforms.traced():  # ONNX knows torch's operators only
+            # ONNX knows torch's operators only; and of a Function within a transform Dynamo traces the forward alone.
+            if torch.onnx.is_in_onnx_export() or _transforms.active():
                 return cls.reference(*tensors, *options)
             return _first(outputs, cls.apply(*_distinct(tensors), *options))
         reason = _op.why_not(tensors[0])

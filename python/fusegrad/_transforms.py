@@ -35,11 +35,6 @@ def forward_mode_open() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def traced() -> bool:
-    """Whether torch.compile traces code within a transform: there a Function is its forward alone, whose gradient is lost."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def only_grad_and_vmap() -> bool:
     return known and all(level.key().name in ("Grad", "Vmap") for level in _functorch.get_interpreter_stack() or ())
 

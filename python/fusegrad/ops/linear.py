@@ -66,8 +66,9 @@ def _backward(ctx, samples, dy):
             _, db = bias_act_bwd(dy, dy, b, act, *_AS_IS, dy.dim() - 1, (False, True))
         if of_x:
             dx = dz.matmul(w)
-        rows = math.prod(x.shape[len(samples) : -1])
-        dz = dz.reshape(*samples, rows, w.shape[0])
+        if of_w or (of_b and samples):
+            rows = math.prod(x.shape[len(samples) : -1])
+            dz = dz.reshape(*samples, rows, w.shape[0])
         if of_w:
             dw = dz.mT @ x.reshape(*samples, rows, w.shape[1])
         if of_b and samples:
