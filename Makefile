@@ -7,20 +7,24 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 # Test workers: one per core.
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-all test-quick bench bench-guard nvcc gpu lint format clean
+.PHONY: demo test test-all test-quick docs bench bench-guard nvcc gpu lint format clean
 
 demo: $(VENV)/.fusegrad-demo $(BUILT)
 	$(PYTHON) examples/train_gpt.py $(ARGS)
 
-test: $(VENV)/.fusegrad-test $(BUILT) lint
+test: $(VENV)/.fusegrad-test $(VENV)/.fusegrad-docs $(BUILT) lint
 	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)
 
 # What `make test` runs in turns, commit by commit, all at once.
-test-all: $(VENV)/.fusegrad-test $(BUILT) lint
+test-all: $(VENV)/.fusegrad-test $(VENV)/.fusegrad-docs $(BUILT) lint
 	$(PYTHON) -m pytest -n $(JOBS) --all $(ARGS)
 
-test-quick: $(VENV)/.fusegrad-test $(BUILT)
+test-quick: $(VENV)/.fusegrad-test $(VENV)/.fusegrad-docs $(BUILT)
 	$(PYTHON) -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+# Broken links and formulas are errors.
+docs: $(VENV)/.fusegrad-docs $(BUILT)
+	$(PYTHON) -m sphinx -q -W --keep-going docs out/docs
 
 bench: $(VENV)/.fusegrad-demo $(BUILT)
 	$(PYTHON) bench/run.py $(ARGS)
@@ -59,12 +63,9 @@ $(BUILT): $(VENV)/.fusegrad-torch $(SOURCES)
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	mkdir -p $(@D) && touch $@
 
-$(VENV)/.fusegrad-test: $(VENV)/.fusegrad-torch pyproject.toml
-	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])')
-	touch $@
-
-$(VENV)/.fusegrad-demo: $(VENV)/.fusegrad-torch pyproject.toml
-	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["demo"])')
+# What an extra of pyproject.toml lists.
+$(patsubst %,$(VENV)/.fusegrad-%,test docs demo): $(VENV)/.fusegrad-%: $(VENV)/.fusegrad-torch pyproject.toml
+	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])')
 	touch $@
 
 clean:

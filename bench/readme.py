@@ -1,13 +1,16 @@
-"""Writes the README's table of figures from the newest results of a CPU run in bench/results/."""
+"""Writes the tables of figures of the README and the docs from the newest results of a CPU run in bench/results/."""
 
 import json
+import re
 from pathlib import Path
 
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
-BEGIN, END = "<!-- figures: python bench/readme.py -->\n", "<!-- end of figures -->\n"
+RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# "figures" of all ops, with a summary; "figures of rms_norm layer_norm" of these.
+PLACE = re.compile(r"(<!-- figures(?: of ([\w ]+))?: python bench/readme.py -->\n).*?(<!-- end of figures -->\n)", re.S)
 
 
 def newest():
@@ -19,7 +22,8 @@ def newest():
     return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path]["cells"])))
 
 
-def render(path) -> str:
+def render(path, ops=()) -> str:
+    """Of these ops; of none that are named: of all."""
     result = json.loads(path.read_text())
     m, s = result["machine"], report.summary(result)
     lines = [
@@ -31,7 +35,7 @@ def render(path) -> str:
         "| op | float32 | bfloat16 | worst | % of copy |",
         "|---|---|---|---|---|",
     ]
-    for op in dict.fromkeys(cell["op"] for cell in result["cells"]):
+    for op in ops or dict.fromkeys(cell["op"] for cell in result["cells"]):
         cells = [cell for cell in result["cells"] if cell["op"] == op and report.ratio(cell) is not None]
         if not cells:
             continue
@@ -41,6 +45,8 @@ def render(path) -> str:
         shown = [f"{value:.2f}" if value == value else "" for value in means]
         shown.append(f"{worst['dtype']} {worst['rows']} × {worst['cols']}: {report.ratio(worst):.2f}")
         lines.append("| " + " | ".join([op, *shown, f"{large:.0f}" if large == large else ""]) + " |")
+    if ops:
+        return "\n".join(lines) + "\n"
     large = f"Time over that of a copy, for the {s['large_cells']} cells beyond\nthe last-level cache: {s['of_copy']:.2f}. "
     above = f"; above 0.95: {', '.join(s['above'])}" if s["above"] else ""
     lines += [
@@ -52,9 +58,15 @@ def render(path) -> str:
 
 
 def updated(text) -> str:
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + render(newest()) + END + rest.split(END)[1]
+    def figures(place):
+        begin, ops, end = place.groups()
+        return begin + render(newest(), (ops or "").split()) + end
+
+    return PLACE.sub(figures, text)
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page in PAGES:
+        text = page.read_text()
+        if PLACE.search(text):
+            page.write_text(updated(text))

@@ -15,6 +15,7 @@ from table import DEVICE
 # What this machine cannot run is not collected; there is no skip.
 collect_ignore = ([] if DEVICE == "cuda" else ["test_cuda.py"]) + ([] if shutil.which("nvcc") else ["test_nvcc.py"])
 _NEED = dict(test_fuse_transformers=["transformers"], test_fuse_timm=["timm"], test_row_f=["onnx", "onnxruntime", "onnxscript"])
+_NEED["test_site"] = ["sphinx", "myst_parser", "furo"]
 collect_ignore += [f"{test}.py" for test, libraries in _NEED.items() if not all(map(find_spec, libraries))]
 
 

@@ -39,7 +39,7 @@ def positive(value):
     return all(map(positive, value.values())) if isinstance(value, dict) else value > 0
 
 
-def test_every_figure_of_a_small_run(tmp_path):
+def test_g5_every_figure_of_a_small_run(tmp_path):
     own = ("--sides", "fusegrad", "eager", "native")
     done = bench(*QUICK, *own, "--json", tmp_path / "new" / "r.json", "--html", tmp_path / "r.html")
     assert done.returncode == 0, done.stderr
@@ -51,6 +51,7 @@ def test_every_figure_of_a_small_run(tmp_path):
         for s in cell["sides"].values():
             assert s.keys() == {"saved", "peak", "forward", "backward", "both"}
             assert s.pop("saved") >= 0 and positive(s)  # some keep nothing
+            assert all("percent_of_copy" in s[phase] for phase in ("forward", "backward", "both"))
         assert ("native" in cell["sides"]) == (OPS[cell["op"]].torch is not None)
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == len(OPS) and "<script" not in page and "src=" not in page
@@ -85,7 +86,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def test_a_broken_kernel_is_not_timed(tmp_path):
+def test_g5_a_broken_kernel_is_not_timed(tmp_path):
     done = bench(BENCH / "run.py", *QUICK, "--ops", "rms_norm", "--sides", "fusegrad", "eager", "--json", tmp_path / "r.json", code=BROKEN)
     assert done.returncode == 1 and "wrong" in done.stdout, done.stderr
     for cell in json.loads((tmp_path / "r.json").read_text())["cells"]:
@@ -169,9 +170,17 @@ def test_the_results_shown_are_the_longest_of_the_last_day_on_a_cpu(tmp_path, mo
     assert readme.newest().name == "a.json"
 
 
-def test_readme_shows_the_newest_results():
-    text = readme.README.read_text()
-    assert readme.updated(text) == text, "run python bench/readme.py"
+def test_the_tables_shown_are_of_the_newest_results():
+    """In the README all ops, and in the pages of the docs each op on one."""
+    shown = []
+    for page in readme.PAGES:
+        text = page.read_text()
+        assert readme.updated(text) == text, f"{page.name}: run python bench/readme.py"
+        places = [ops for _, ops, _ in readme.PLACE.findall(text)]
+        assert text.count("<!-- figures") == text.count("<!-- end of figures") == len(places)
+        assert places == [""] if page.name == "README.md" else all(places)
+        shown += [op for ops in places for op in ops.split()]
+    assert sorted(shown) == sorted(OPS)
 
 
 def test_summary():

@@ -58,7 +58,7 @@ def emulated(kernels, reorder, monkeypatch, request):
 
 
 @each_op
-def test_kernels_run(op, emulator):
+def test_g3_kernels_run_without_a_gpu(op, emulator):
     """That the rest of this file does not test something else."""
     before = emulator.fusegrad_emulator_launches()
     run(op, Sample("", op.bench(Make(), 4, 8)))

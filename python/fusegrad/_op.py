@@ -165,6 +165,7 @@ def stats() -> dict[tuple[str, str], int]:
 
 
 def reset_stats() -> None:
+    """Forgets what `stats()` has counted."""
     _stats.clear()
 
 
@@ -274,4 +275,5 @@ def wide_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that its sums are taken in: 16-bit types in float32, others as they are."""
     return x.to(wide_dtype(x))

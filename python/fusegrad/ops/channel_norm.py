@@ -153,7 +153,7 @@ def group_norm(
 ) -> Tensor:
     r"""Norm over groups of neighbouring channels of each sample, and an activation :math:`f`:
 
-    .. math:: y = f\Big((x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias}\Big)
+    .. math:: y = f\left((x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias}\right)
 
     Drop-in for `torch.nn.functional.group_norm`.
 
@@ -214,8 +214,8 @@ def batch_norm(
 ) -> Tensor:
     r"""Norm of each channel over the batch, the sum with a residual, and an activation :math:`f`:
 
-    .. math:: y = f\Big((x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias}
-              + \mathrm{residual}\Big)
+    .. math:: y = f\left((x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias}
+              + \mathrm{residual}\right)
 
     with the batch's statistics in training, else with the running ones. Drop-in for `torch.nn.functional.batch_norm`.
 

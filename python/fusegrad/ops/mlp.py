@@ -33,7 +33,7 @@ class _Recomputing(torch.nn.Module):
 class MLP(_Recomputing):
     r"""Linear layers of the given sizes with an activation after each but the last, which has its own:
 
-    .. math:: y = \mathrm{final}(W_n \, \mathrm{act}(\dots \mathrm{act}(W_1 x + b_1) \dots) + b_n)
+    .. math:: y = \mathrm{final}(W_n \, \mathrm{act}(\ldots \mathrm{act}(W_1 x + b_1) \ldots) + b_n)
 
     Args:
         sizes: the features of the input, of each hidden layer, of the output; at least two.

@@ -210,7 +210,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     r"""RMS norm of each head of q and k, then the rotary embedding, in one kernel each way:
 
-    .. math:: y = \mathrm{rotary}\big(x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}\big)
+    .. math:: y = \mathrm{rotary}\left(x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}\right)
 
     Args:
         q: `[..., heads, seq, dim]`, as in `rotary_embedding`. Any dim.
