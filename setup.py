@@ -13,6 +13,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 os.chdir(ROOT)
@@ -40,6 +41,12 @@ CXX += ["-Wno-unused-parameter", "-Wno-psabi", "-Wno-missing-field-initializers"
 
 def say(text):
     print(f"fusegrad: {text}", file=sys.stderr, flush=True)
+
+
+def macros(variant):
+    capability = VARIANTS[variant][0]
+    names = {"FUSEGRAD_SIMD": None, "FUSEGRAD_VARIANT": variant, "CPU_CAPABILITY": capability, f"CPU_CAPABILITY_{capability}": None}
+    return list(names.items())
 
 
 def cuda_wanted():
@@ -86,12 +93,10 @@ def build_extension():
             sources = sorted(glob("csrc/ops/*_cpu.cpp"))
             include = [*ext.include_dirs, *cpp_extension.include_paths()]
             for variant, (capability, flags) in VARIANTS.items():
-                macros = [("FUSEGRAD_SIMD", None), ("FUSEGRAD_VARIANT", variant)]
-                macros += [("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)]
                 objects = self.compiler.compile(
                     [os.path.abspath(f) for f in sources],
                     os.path.join(self.build_temp, capability.lower()),
-                    macros,
+                    macros(variant),
                     include,
                     extra_postargs={"cxx": CXX + flags},
                     depends=ext.depends,
@@ -102,9 +107,25 @@ def build_extension():
     return Build.with_options(use_ninja=True)
 
 
+class BuildPy(build_py):
+    """Puts the headers beside the package, for fusegrad.extension; in a checkout it finds them in csrc."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for path in ["csrc/fusegrad.h", *(f for folder in ("core", "host", "extension") for f in glob(f"csrc/{folder}/*"))]:
+                to = os.path.join(self.build_lib, "fusegrad", "include", os.path.relpath(path, "csrc"))
+                self.mkpath(os.path.dirname(to))
+                self.copy_file(path, to)
+
+
 def write_build_info():
     """What the binary is for, so that the import can say so instead of failing in the dynamic linker."""
     text = f'"""Written by setup.py."""\n\nTORCH = "{torch.__version__}"\nCUDA = {torch.version.cuda!r}\n'
+    flags = {}  # for fusegrad.extension, which compiles for the machine that it runs on
+    for variant, (capability, more) in VARIANTS.items():
+        flags[capability.lower()] = CXX + more + ["-D" + (k if v is None else f"{k}={v}") for k, v in macros(variant)]
+    text += f"FLAGS = {flags!r}\n"
     text += f"VARIANTS = {tuple(name.lower() for name, _ in VARIANTS.values())!r}\n"
     path = Path("python/fusegrad/_build_info.py")
     if not path.exists() or path.read_text() != text:
@@ -116,7 +137,7 @@ if torch is not None:
         if name in os.environ:
             say(f"{name}={os.environ[name]}")
     write_build_info()
-    ext_modules, cmdclass = [extension()], {"build_ext": build_extension()}
+    ext_modules, cmdclass = [extension()], {"build_ext": build_extension(), "build_py": BuildPy}
 elif any(command in sys.argv for command in ("egg_info", "dist_info", "sdist", "clean")):
     ext_modules, cmdclass = [], {}
 else:

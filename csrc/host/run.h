@@ -28,6 +28,8 @@ template <class Args>
 const Kernel<Args>& kernel_for(const char* op, const at::Device& device) {
 #ifdef FUSEGRAD_EMULATED
   if (device.is_cpu()) return Kernels<Args, kCuda>::entry;
+#elif defined(FUSEGRAD_VARIANT)  // an extension, compiled for one CPU
+  if (device.is_cpu()) return Kernels<Args, FUSEGRAD_VARIANT>::entry;
 #else
   if (device.is_cpu()) {
     switch (cpu_variant()) {

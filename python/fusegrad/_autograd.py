@@ -36,6 +36,7 @@ class Function(torch.autograd.Function):
     reference: Callable
     params: tuple[int, ...] | None = None  # the places of the tensor arguments that all rows share; None: no vmap of the kernels
     rule: _Rule | None = None  # of its backward
+    sharded: SimpleNamespace | None = None  # of an op outside of the table: what `_sharded.call` asks its row for
     dim: int | None = None  # the option that counts a dimension from the front, by its place from the end (-1: the last)
 
     def __init_subclass__(cls, **kwargs):
@@ -51,7 +52,7 @@ class Function(torch.autograd.Function):
         if is_sharded(tensors[0]):
             from . import _sharded
 
-            return _sharded.call(_op.OPS[cls.op], tensors, options, outputs)
+            return _sharded.call(cls.sharded or _op.OPS[cls.op], tensors, options, outputs)
         if _op._forced_reference:
             return cls.reference(*tensors, *options)
         if torch.compiler.is_compiling():

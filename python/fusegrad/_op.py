@@ -22,6 +22,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 
 OPS: dict[str, Op] = {}
+POOLS = [_C.pool_clear]  # and those of extensions
 # Tiny, tall, square, wide, and beyond every cache.
 SHAPES = ((4, 64), (65536, 64), (32768, 256), (4096, 1024), (2048, 4096), (512, 32768), (64, 131072), (8192, 2048))
 
@@ -178,7 +179,8 @@ def empty_cache() -> None:
 
     Up to FUSEGRAD_CPU_POOL_MB of it (an environment variable, read once; default 512, or a sixteenth of the machine's memory if that
     is less; 0 keeps none). Results on a GPU come from torch's own cache."""
-    _C.pool_clear()
+    for clear in POOLS:
+        clear()
 
 
 def why_not(tensor: torch.Tensor) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ def call(row, tensors: Sequence[Tensor | None], options: Sequence, outputs: int 
         maps.append([d % n if d is not None and d % n in free else None for d in m])
     split = [_split(i, tensors, maps) for i in range(mesh.ndim)]  # for each dimension of the mesh: the free one that it splits, and how
 
-    local, names = [], fn.forward.__code__.co_varnames
-    for t, m, name in zip(tensors, maps, names):
+    local, names = [], fn.forward.__code__.co_varnames  # none for *args
+    for t, m, name in zip(tensors, maps, chain(names, repeat(""))):
         if isinstance(t, DTensor):
             placements = _placements(split, m, Replicate())
             t = _Local.apply(_placed(t, mesh, placements), _placements(split, m, Partial()))

@@ -105,9 +105,27 @@ def extension():
     return module
 
 
-def control():
-    """Of the loaded module: `control().fusegrad_emulator_seed(n)` chooses the order in which its threads run."""
-    library = ctypes.CDLL(sys.modules["_C_emulated"].__file__)
+def library(name, sources, flags):
+    """The path of a library for torch.ops that is made of texts by file name, of host functions and of CUDA kernels: an extension's."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    include = [f"-isystem{path}" for path in include_paths()]
+    folder = BUILD / "libraries" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked():
+        objects = [compiled(HERE / "entry.cpp", EMULATED, folder)]
+        for file, text in sources.items():
+            path = folder / file
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+            objects.append(compiled(path, [*(EMULATED if path.suffix == ".cu" else []), *include, *flags], folder))
+        link = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
+        return linked(folder / f"{name}.so", objects, link)
+
+
+def control(path=None):
+    """Of the loaded module, or of a library: `control().fusegrad_emulator_seed(n)` chooses the order in which its threads run."""
+    library = ctypes.CDLL(path or sys.modules["_C_emulated"].__file__)
     library.fusegrad_emulator_seed.argtypes = [ctypes.c_uint64]
     library.fusegrad_emulator_launches.restype = ctypes.c_uint64
     return library
