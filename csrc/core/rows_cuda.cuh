@@ -311,22 +311,31 @@ class RowsCuda {
       if (a.col_out[i])
         for (int64_t v = member; v < packs; v += team) store<V>(partial(i) + v * V, zeros);
   }
-  // The others are in the registers of each team, which take turns to add them.
-  __device__ __forceinline__ void write_columns() const {
+  // The others are in the registers of each team: the teams of a warp add theirs by shuffles, and the warps take turns. In turns
+  // alone, equal rows of many small teams lost digits, each rounded the same way.
+  __device__ __forceinline__ void write_columns() {
     if (row_tiles != 1) return;
     FUSEGRAD_SHARED(S, total, 32 * K * V);
-    const int teams = blockDim.x / team;
+    const int apart = team < 32 ? 32 : team, turns = blockDim.x / apart;
 #pragma unroll
     for (int i = 0; i < Op::col_out; ++i) {
       if (!a.col_out[i]) continue;
-      if (teams == 1) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        if (step < team) continue;
 #pragma unroll
         for (int k = 0; k < K; ++k)
-          if (member + k * team < packs) store<V>(partial(i) + (member + k * team) * V, sums[i][k]);
+#pragma unroll
+          for (int e = 0; e < V; ++e) sums[i][k][e] += __shfl_xor_sync(~0u, sums[i][k][e], step);
+      }
+      if (turns == 1) {
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+          if (int(threadIdx.x) < team && member + k * team < packs) store<V>(partial(i) + (member + k * team) * V, sums[i][k]);
         continue;
       }
-      for (int t = 0; t < teams; ++t) {
-        if (int(threadIdx.x) / team == t) {
+      for (int t = 0; t < turns; ++t) {
+        if (int(threadIdx.x) - t * apart >= 0 && int(threadIdx.x) - t * apart < team) {
 #pragma unroll
           for (int k = 0; k < K; ++k)
 #pragma unroll
