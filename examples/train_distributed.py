@@ -83,13 +83,21 @@ def text():
     return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)[:2_000_000]), dtype=torch.uint8)
 
 
-def train(options):
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+def process(options):
+    """What torchrun starts."""
     gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
+    train(options, device)
+    # The model is gone by now. Were a DistributedDataParallel the last to hold the group, its end could wait for ever: with Python's
+    # lock, for a thread of gloo that needs it.
+    dist.destroy_process_group()
+
+
+def train(options, device):
+    rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     mesh = init_device_mesh(device.type, (world,))
     model, loss_of = share(Model(options.dim, options.heads, options.layers).to(device), options.parallel, mesh, device)
@@ -110,7 +118,6 @@ def train(options):
             dist.all_reduce(total)
             if rank == 0:
                 print(f"step {step}: loss {total.item() / world:.5f}, {perf_counter() - start:.1f} s", flush=True)
-    dist.destroy_process_group()
 
 
 def arguments():
@@ -136,7 +143,7 @@ def arguments():
 if __name__ == "__main__":
     chosen = arguments()
     if "RANK" in os.environ:
-        train(chosen)
+        process(chosen)
     else:  # as torchrun does it
         from torch.distributed.run import main
 
