@@ -75,12 +75,24 @@ def shards_with_nothing(rank, world):
 def refusals(rank, world):
     z, target = logits()
     shard = z.chunk(world, 1)[rank].clone().requires_grad_()
-    refused = re.escape(f"vocab_parallel_cross_entropy: there is no derivative but the first, no transform and no reference over {world}")
-    loss = fused.vocab_parallel_cross_entropy(shard, target)
+    refused = re.escape(
+        f"vocab_parallel_cross_entropy: there is no derivative but the first, no vmap, no forward mode and no reference over {world}"
+    )
+
+    def loss_of(z):
+        return fused.vocab_parallel_cross_entropy(z, target)
+
+    (g,) = torch.autograd.grad(loss_of(shard), shard, create_graph=True)  # the first is the kernel's
     with pytest.raises(RuntimeError, match=refused):
-        torch.autograd.grad(loss, shard, create_graph=True)
-    with pytest.raises(RuntimeError, match=refused):
-        torch.func.grad(lambda z: fused.vocab_parallel_cross_entropy(z, target))(shard)
+        torch.autograd.grad(g.square().sum(), shard)
+    assert torch.equal(torch.func.grad(loss_of)(shard), g)
+    for transformed, x in (
+        (torch.func.hessian(loss_of), shard),
+        (torch.func.jacfwd(loss_of), shard),
+        (torch.func.vmap(loss_of), shard.detach().expand(3, -1, -1)),
+    ):
+        with pytest.raises(RuntimeError, match=refused):
+            transformed(x)
     with pytest.raises(IndexError, match=rf"target must be in \[0, {C}\) or ignore_index \(-100\), got {C}$"):
         fused.vocab_parallel_cross_entropy(shard, target.clone().fill_(C))
     with pytest.raises(RuntimeError, match="input must have as many columns in every process, got"):

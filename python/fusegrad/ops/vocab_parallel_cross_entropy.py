@@ -16,7 +16,7 @@ vocab_parallel_cross_entropy_bwd = compiled("vocab_parallel_cross_entropy_bwd")
 
 def vocab_parallel_cross_entropy_reference(x, target, group, rank, world, ignore_index, smoothing, z_loss, softcap, scale, *reduction):
     if world > 1:
-        what = "no derivative but the first, no transform and no reference"
+        what = "no derivative but the first, no vmap, no forward mode and no reference"
         raise RuntimeError(f"vocab_parallel_cross_entropy: there is {what} over {world} processes; gather the logits for cross_entropy")
     reduce, mean, return_lse = reduction
     options = (ignore_index, smoothing, z_loss, softcap, scale, reduce, mean, 0.0, False, False, return_lse)
@@ -121,8 +121,8 @@ def vocab_parallel_cross_entropy(
     Returns:
         The loss in the input's dtype, the same on every process, or `(loss, lse)`. Its gradient, for the same cotangent on every
         process, is that of this process's logits and needs no communication. Saved for backward: input, target, two float32 per item
-        and, of a mean, the number of items. On one process every derivative is exact; on several the first one is, and differentiating
-        the backward, forward mode and functorch transforms raise an error.
+        and, of a mean, the number of items. On one process every derivative is exact; on several the first one is, also under
+        `torch.func.grad`, and its own derivative, forward mode and `vmap` raise an error.
 
     Raises:
         IndexError: on the CPU, a label that is neither a class nor `ignore_index`; on CUDA loss and gradient of its item become NaN.
