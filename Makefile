@@ -6,6 +6,7 @@ TORCH := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 # Test workers: one per core.
 JOBS := $(shell nproc 2>/dev/null || echo 2)
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo test test-all test-quick docs bench bench-guard nvcc gpu lint format clean
 
@@ -13,14 +14,14 @@ demo: $(VENV)/.fusegrad-demo $(BUILT)
 	$(PYTHON) examples/train_gpt.py $(ARGS)
 
 test: $(VENV)/.fusegrad-test $(VENV)/.fusegrad-docs $(BUILT) lint
-	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # What `make test` runs in turns, commit by commit, all at once.
 test-all: $(VENV)/.fusegrad-test $(VENV)/.fusegrad-docs $(BUILT) lint
-	$(PYTHON) -m pytest -n $(JOBS) --all $(ARGS)
+	$(PYTEST) --all $(ARGS)
 
 test-quick: $(VENV)/.fusegrad-test $(VENV)/.fusegrad-docs $(BUILT)
-	$(PYTHON) -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # Broken links and formulas are errors.
 docs: $(VENV)/.fusegrad-docs $(BUILT)
@@ -34,7 +35,7 @@ bench-guard: $(BUILT)
 
 # Every .cu file for every architecture that is supported; needs nvcc and no GPU.
 nvcc: $(VENV)/.fusegrad-test $(BUILT)
-	FUSEGRAD_NVCC_ARCHS="80 90 100" $(PYTHON) -m pytest -n $(JOBS) -rP tests/test_nvcc.py
+	FUSEGRAD_NVCC_ARCHS="80 90 100" $(PYTEST) -rP tests/test_nvcc.py
 
 # For a machine with a GPU, with the CUDA build of torch in its python3: make gpu PARTS="build table".
 gpu:

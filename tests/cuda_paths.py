@@ -17,15 +17,14 @@ def check_in_any_order(op, sample, reorder, layout="contiguous"):
     """Within the budget, and the same bits again, whatever the order of the threads."""
     cotangent = tuple(lay_out(g, layout) for g in cotangents(call(op, sample)))
     found = []
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         reorder(seed)
         found.append(run(op, sample, cotangent))
-    for other in found[1:]:
-        assert all(same_bits(found[0][k], other[k]) for k in other), f"{sample}: a race: other bits the next time"
+    assert all(same_bits(a, b) for a, b in zip(*(f.values() for f in found))), f"{sample}: a race: other bits the next time"
     check(op, sample, found[0], cotangent)
 
 
-@each(*PAIRS)
+@each(*PAIRS, rotating=DEVICE == "cpu")
 def test_values_and_gradients(case, reorder):
     check_in_any_order(*drawn(case), reorder)
 

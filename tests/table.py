@@ -35,8 +35,14 @@ def draw(op, sample, dtype=F32, param_dtype=None, seed=0) -> Sample:
     return next(s for s in op.samples(Make(dtype, param_dtype, seed=seed)) if s.name == sample)
 
 
+@functools.cache  # drawing all samples takes its time, and every test asks
 def names(op):
     return [s.name for s in op.samples(_samples.Make())]
+
+
+@functools.cache
+def has_params(op, sample):
+    return any(t.dtype == F32 for t in tensors(draw(op, sample, F16, F32)).values())
 
 
 def cases(*pairs, ops=None):
@@ -44,8 +50,7 @@ def cases(*pairs, ops=None):
     for op in OPS.values() if ops is None else ops:
         for sample in names(op):
             for dtype, param in pairs:
-                has_params = any(t.dtype == F32 for t in tensors(draw(op, sample, F16, F32)).values())
-                if dtype == param or has_params:
+                if dtype == param or has_params(op, sample):
                     yield op, sample, dtype, param
 
 

@@ -69,6 +69,7 @@ def test_compile_is_a_side():
 
 
 @pytest.mark.slow
+@pytest.mark.rotating(2)
 def test_training_steps():
     done = bench("--model", "--rounds", "3", "--threads", "1")
     assert done.returncode == 0 and "gpt" in done.stdout and "mlp" in done.stdout, done.stderr

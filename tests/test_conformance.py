@@ -52,10 +52,10 @@ def drawn(case, **kwargs):
     return op, draw(op, name, dtype, param, **kwargs)
 
 
-def holds(*which):
+def holds(*which, rotating=False):
     """The test that these properties of fusegrad.testing hold for each op and sample, in the dtypes that show them."""
 
-    @each(*properties.PROPERTIES[which[0].__name__].pairs)
+    @each(*properties.PROPERTIES[which[0].__name__].pairs, rotating=rotating)
     def test(case):
         for holds in which:
             holds(*drawn(case))
@@ -194,7 +194,7 @@ test_lazy_bits = holds(properties.lazy_bits)
 # --- the dispatcher, compile, export ---------------------------------------------------------------------------------------------
 
 
-@each((F32, F32), (BF16, F32))
+@each((F32, F32), (BF16, F32), rotating=True)
 def test_opcheck(case):
     op, sample = drawn(case)
     called = {func._schema.name.removeprefix("fusegrad::") for func, *_ in properties.registered_calls(op, sample)}

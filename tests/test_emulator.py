@@ -58,7 +58,7 @@ def test_emulator_under_asan_catches_out_of_bounds():
 
 
 @pytest.mark.slow
-@pytest.mark.rotating(1)
+@pytest.mark.rotating(2)
 def test_emulated_kernels_under_asan():
     """Every path of the drivers in every dtype, on tensors that end where their memory ends."""
     runtime = subprocess.run([build.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()

@@ -335,7 +335,7 @@ class RowsCuda {
         continue;
       }
       for (int t = 0; t < turns; ++t) {
-        if (int(threadIdx.x) - t * apart >= 0 && int(threadIdx.x) - t * apart < team) {
+        if (threadIdx.x - unsigned(t * apart) < unsigned(team)) {  // below t * apart it wraps round
 #pragma unroll
           for (int k = 0; k < K; ++k)
 #pragma unroll

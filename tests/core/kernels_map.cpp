@@ -1,0 +1,18 @@
+// The map ops that test_drivers.cpp drives, compiled once per variant.
+#include "../../csrc/core/map_cpu.h"
+#include "../../csrc/ops/bias_act.h"
+#include "../../csrc/ops/dropout.h"
+#include "../../csrc/ops/gated.h"
+#include "../../csrc/ops/pointwise.h"
+
+FUSEGRAD_MAP(DropoutFwd)
+FUSEGRAD_MAP(DropoutMask)
+FUSEGRAD_MAP(GatedFwd<Act::silu>)
+FUSEGRAD_MAP(GatedBwd<Act::silu>)
+FUSEGRAD_MAP(ScaleFwd)
+FUSEGRAD_MAP(ExpFwd)
+FUSEGRAD_MAP(CubeBwd)
+#ifndef FUSEGRAD_SANITIZE
+FUSEGRAD_MAP(ActFwd)
+FUSEGRAD_MAP(ActBwd)
+#endif

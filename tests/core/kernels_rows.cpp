@@ -1,0 +1,22 @@
+// The row ops that test_drivers.cpp drives, compiled once per variant.
+#include "../../csrc/core/rows_cpu.h"
+#include "../../csrc/ops/bias_act.h"
+#include "../../csrc/ops/cross_entropy.h"
+#include "../../csrc/ops/dropout.h"
+#include "../../csrc/ops/rms_norm.h"
+#include "../../csrc/ops/vocab_parallel_cross_entropy.h"
+
+FUSEGRAD_ROWS(RMSNormFwd)
+FUSEGRAD_ROWS(RMSNormBwd)
+FUSEGRAD_ROWS(BiasDropoutAddFwd)
+FUSEGRAD_ROWS(BiasDropoutAddBwd)
+FUSEGRAD_ROWS(CrossEntropyFwd)
+FUSEGRAD_ROWS(CrossEntropyBwd)
+FUSEGRAD_ROWS(LossTotal)
+FUSEGRAD_ROWS(VocabParallelCrossEntropyFwd)
+FUSEGRAD_ROWS(VocabParallelCrossEntropyBwd)
+#ifndef FUSEGRAD_SANITIZE
+FUSEGRAD_ROWS(BiasActFwd)
+FUSEGRAD_ROWS(BiasActBwd)
+FUSEGRAD_ROWS(RowBiasActBwd)
+#endif
