@@ -91,6 +91,7 @@ def process(options):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
     train(options, device)
+    dist.barrier()  # nobody leaves while another still waits for it, and gloo's threads have let go of Python's tensors
     # The model is gone by now. Were a DistributedDataParallel the last to hold the group, its end could wait for ever: with Python's
     # lock, for a thread of gloo that needs it.
     dist.destroy_process_group()

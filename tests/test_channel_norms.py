@@ -7,7 +7,7 @@ from test_conformance import allocated
 import fusegrad
 import fusegrad.functional as F
 from fusegrad._op import OPS, Sample
-from table import BF16, F32, F64, Make, call, check, cotangents, run
+from table import BF16, F32, F64, PAIRS, Make, call, check, cotangents, name_of, run
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=("nchw", "nhwc"))
@@ -117,6 +117,18 @@ def test_shapes_and_formats(shape, fmt, dtype):
         for g in FORMATS:
             cotangent = tuple(t.to(memory_format=g) for t in cotangents(y))
             check(OPS[name], sample, run(OPS[name], sample, cotangent), cotangent)
+
+
+@pytest.mark.parametrize("given", (("weight", "bias"), ("weight",), ("bias",), ()), ids="-".join)
+@pytest.mark.parametrize("dtype, param", PAIRS, ids=name_of)
+def test_groups_that_are_short_rows(given, dtype, param):
+    """Done in one walk: alone, and where samples or channels are left out in between."""
+    make = Make(dtype, param)
+    options = dict(num_groups=3, activation="silu") | {name: make.param(12) for name in given}
+    for x in (make(40, 12, 7, 9), make(80, 12, 7, 9)[::2], make(40, 16, 7, 9)[:, 3:15], make(1, 12, 7, 9).expand(40, 12, 7, 9)):
+        sample = Sample(str(x.stride()), dict(input=x) | options)
+        cotangent = cotangents(call(OPS["group_norm"], sample))
+        check(OPS["group_norm"], sample, run(OPS["group_norm"], sample, cotangent), cotangent)
 
 
 @pytest.mark.parametrize("name", ("batch_norm", "group_norm", "layer_norm_2d"))

@@ -222,6 +222,87 @@ OptTensor narrow(const OptTensor& t, int64_t dim, int64_t first, int64_t count) 
   return given(t) ? OptTensor(t->narrow(dim, first, count)) : t;
 }
 
+// Groups as rows: where a group's channels lie next to each other and are too short to be rows of their own. A kernel for each
+// number of a group, over all samples, whose columns have the w and b of their channels.
+class GroupRows {
+ public:
+  static bool pays(const Tensor& x, int64_t groups, std::initializer_list<OptTensor> others) {
+    constexpr int64_t kShort = 256, kRow = 8192, kWork = 8192;
+    if (!groups || !x.numel()) return false;
+    const int64_t l = plane(x), cols = x.numel() / (x.size(0) * groups);
+    if (l > kShort || cols > kRow || (groups > 1 && x.size(0) * cols < kWork)) return false;
+    const auto dense = [&](const Tensor& t) {
+      int64_t expected = 1;
+      for (int64_t d = t.dim() - 1; d > 0; expected *= t.size(d--))
+        if (t.size(d) != 1 && t.stride(d) != expected) return false;
+      return true;
+    };
+    return dense(x) && std::all_of(others.begin(), others.end(), [&](const OptTensor& t) { return !given(t) || dense(*t); });
+  }
+  GroupRows(const Tensor& x, int64_t groups) : x_(x), groups_(groups), cols_(x.numel() / (x.size(0) * groups)) {}
+
+  Tensor of(const Tensor& t, int64_t group) const {
+    return t.as_strided({t.size(0), cols_}, {t.stride(0), 1}, t.storage_offset() + group * cols_);
+  }
+  // Of each group's columns [groups, columns]: w or b, or memory for the sums over them.
+  OptTensor columns(const OptTensor& p) const {
+    if (!given(p)) return p;
+    return p->to(wide_options(x_).dtype()).unsqueeze(1).expand({x_.size(1), plane(x_)}).reshape({groups_, cols_});
+  }
+  Tensor columns() const { return at::empty({groups_, cols_}, wide_options(x_)); }
+  Tensor channels(const Tensor& columns) const { return columns.view({x_.size(1), plane(x_)}).sum(1); }
+
+ private:
+  const Tensor& x_;
+  int64_t groups_, cols_;
+
+  static int64_t plane(const Tensor& x) { return x.numel() / (x.size(0) * x.size(1)); }
+};
+
+void group_rows_fwd(const char* op, const Tensor& x, const OptTensor& w, const OptTensor& b, const Tensor& y, const Tensor& stats,
+                    const ChannelRow& channel, int64_t groups) {
+  using F = GroupNormFwd;
+  const GroupRows rows(x, groups);
+  const OptTensor ws = rows.columns(w), bs = rows.columns(b);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Tensor of_x = rows.of(x, g);
+    Frame frame(op, of_x, "input", 1, 2);
+    RowArgs<F> args{{{}, channel, given(b)}};
+    frame.in(args.in[F::kX], of_x, "input");
+    args.param[F::kW] = frame.params(given(w) ? OptTensor((*ws)[g]) : w, "weight");
+    args.param[F::kB] = frame.params(given(b) ? OptTensor((*bs)[g]) : b, "bias");
+    frame.out(args.out[F::kY], rows.of(y, g));
+    for (int i : {F::kMean, F::kVar}) frame.per_row(args.scalar_out[i], stats[i].select(1, g), "statistics");
+    run(frame, args);
+  }
+}
+
+// The sums over the samples of each channel, where they are needed: [C] of dz h and of dz.
+std::array<Tensor, 2> group_rows_bwd(const char* op, const Tensor& dy, const Tensor& x, const OptTensor& w, const OptTensor& b,
+                                     const Tensor& mean, const Tensor& var, const OptTensor& dx, const ChannelRow& channel,
+                                     int64_t groups, bool dw, bool db) {
+  using B = GroupNormBwd;
+  const GroupRows rows(x, groups);
+  const OptTensor ws = rows.columns(w), bs = rows.columns(b);
+  const Tensor sums[] = {dw ? rows.columns() : Tensor(), db ? rows.columns() : Tensor()};
+  for (int64_t g = 0; g < groups; ++g) {
+    const Tensor of_x = rows.of(x, g);
+    Frame frame(op, of_x, "input", 1, 2);
+    RowArgs<B> args{{{}, channel, given(b)}};
+    frame.in(args.in[B::kX], of_x, "input");
+    frame.in(args.in[B::kDy], rows.of(dy, g), "gradient");
+    args.param[B::kW] = frame.params(given(w) ? OptTensor((*ws)[g]) : w, "weight");
+    args.param[B::kB] = frame.params(given(b) ? OptTensor((*bs)[g]) : b, "bias");
+    frame.per_row(args.scalar_in[B::kMean], mean.select(1, g), "mean");
+    frame.per_row(args.scalar_in[B::kVar], var.select(1, g), "var");
+    if (given(dx)) frame.out(args.out[B::kDx], rows.of(*dx, g));
+    for (int i : {B::kDw, B::kDb})
+      if (sums[i].defined()) args.col_out[i] = sums[i][g].mutable_data_ptr();
+    run(frame, args);
+  }
+  return {dw ? rows.channels(sums[B::kDw]) : Tensor(), db ? rows.channels(sums[B::kDb]) : Tensor()};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
@@ -239,6 +320,11 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
   Tensor y = empty_as(x), stats;
   if (!given(mean))
     stats = groups ? at::empty({2, x.size(0), groups}, wide_options(x)) : at::empty({2, x.size(1)}, wide_options(x));
+  const ChannelRow channel{eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)};
+  if (!given(mean) && !given(r) && GroupRows::pays(x, groups, {y})) {
+    group_rows_fwd(op, x, w, b, y, stats, channel, groups);
+    return {y, stats};
+  }
   for_samples(x, groups, [&](int64_t first, int64_t count) {
     using F = ChannelNormFwd;
     const Tensor some = x.narrow(0, first, count), y_some = y.narrow(0, first, count);
@@ -250,7 +336,7 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
     };
     const Tensor rows = walk.whole(some);
     Frame frame(op, rows, "input", walk.rows(), rows.dim());
-    RowArgs<F> args{{{}, {eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)}}};
+    RowArgs<F> args{{{}, channel}};
     frame.in(args.in[F::kX], rows, "input");
     frame.in(args.in[F::kR], given(r) ? walk.whole(*r_some) : rows, "residual");
     channel_rows(frame, args, of(0), of(1), w, b, [&](const Tensor& t) { return walk.spread(t); });
@@ -280,6 +366,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
   Tensor dx, dw, db, dr, sums, weights;
   if (needed[0]) dx = empty_as(x);
   if (needed[3]) dr = empty_as(x);
+  const auto w_type = given(w) ? w->scalar_type() : x.scalar_type(), b_type = given(b) ? b->scalar_type() : x.scalar_type();
+  if (!constant && !given(r) && !needed[3] && GroupRows::pays(x, groups, {dy, dx})) {
+    const auto [of_w, of_b] = group_rows_bwd(op, dy, x, w, b, mean, var, dx, channel, groups, needed[1], needed[2]);
+    return {dx, needed[1] ? of_w.to(w_type) : of_w, needed[2] ? of_b.to(b_type) : of_b, dr};
+  }
   if (summed) sums = groups ? at::empty({2, n, c}, wide_options(x)) : at::empty({2, c}, wide_options(x));
   if (groups && given(w)) weights = w->to(sums.scalar_type());
 
@@ -339,9 +430,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
     run(frame, args);
   });
   const Tensor of_params = groups && (needed[1] || needed[2]) ? at::sum(sums, 1) : sums;
-  if (needed[1]) dw = of_params[1].to(given(w) ? w->scalar_type() : x.scalar_type(), false, true);
-  if (needed[2])
-    db = of_params[0].to(given(b) ? b->scalar_type() : x.scalar_type(), false, true);  // a copy: results share no memory
+  if (needed[1]) dw = of_params[1].to(w_type, false, true);
+  if (needed[2]) db = of_params[0].to(b_type, false, true);  // a copy: results share no memory
   return {dx, dw, db, dr};
 }
 

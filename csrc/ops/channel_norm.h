@@ -9,7 +9,8 @@
 //   dx = rstd (w dz - sum over the set of (w dz) / m - h sum over the set of (w dz h) / m)
 //
 // without the two sums where the statistics are constants. A set and a channel need not be what a driver can walk as a row, so
-// sums are taken in two steps: of cells, parts of one channel in one sample or in many, and of the cells.
+// sums are taken in two steps: of cells, parts of one channel in one sample or in many, and of the cells. Where groups are short
+// rows, one walk does it all.
 #pragma once
 
 #include "activation.h"
@@ -112,14 +113,14 @@ struct ChannelRow {
   FUSEGRAD_FN A h(const R& row, A x) const {
     return (x - A(row.mean)) * A(row.rstd);
   }
-  template <class A, class R>
-  FUSEGRAD_FN A z(const R& row, A h, A r) const {
-    const A z = fma(h, A(row.w), A(row.b));
+  template <class A>
+  FUSEGRAD_FN A z(A h, A w, A b, A r) const {
+    const A z = fma(h, w, b);
     return residual ? z + r : z;
   }
-  template <class A, class R>
-  FUSEGRAD_FN A dz(const R& row, A h, A r, A dy) const {
-    return activation.kind == Act::identity ? dy : activation.gradient(dy, z(row, h, r));
+  template <class A>
+  FUSEGRAD_FN A dz(A h, A w, A b, A r, A dy) const {
+    return activation.kind == Act::identity ? dy : activation.gradient(dy, z(h, w, b, r));
   }
 };
 
@@ -139,7 +140,7 @@ struct ChannelNormFwd : RowOp {
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<ChannelNormFwd, A>& in, Out<ChannelNormFwd, A>& out) const {
-    out.y[kY] = channel.activation.value(channel.z(row, channel.h(row, in.x[kX]), in.x[kR]));
+    out.y[kY] = channel.activation.value(channel.z(channel.h(row, in.x[kX]), A(row.w), A(row.b), in.x[kR]));
   }
 };
 
@@ -165,7 +166,7 @@ struct ChannelSums : RowOp {
   }
   template <class A, class R>
   FUSEGRAD_FN void add(Dots<A>& sum, const R& row, const In<ChannelSums, A>& in) const {
-    const A h = channel.h(row, in.x[kX]), dz = channel.dz(row, h, in.x[kR], in.x[kDy]);
+    const A h = channel.h(row, in.x[kX]), dz = channel.dz(h, A(row.w), A(row.b), in.x[kR], in.x[kDy]);
     sum.dz = sum.dz + dz;
     sum.dzh = fma(dz, h, sum.dzh);
   }
@@ -222,9 +223,92 @@ struct ChannelNormBwd : RowOp {
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<ChannelNormBwd, A>& in, Out<ChannelNormBwd, A>& out) const {
-    const A h = channel.h(row, in.x[kX]), dz = channel.dz(row, h, in.x[kR], in.x[kDy]);
+    const A h = channel.h(row, in.x[kX]), dz = channel.dz(h, A(row.w), A(row.b), in.x[kR], in.x[kDy]);
     out.y[kDx] = A(row.rstd) * (dz * A(row.w) - A(row.g) - h * A(row.gh));
     out.y[kDr] = dz;
+  }
+};
+
+// A row is a group, a column one of its elements, with w and b of its channel.
+struct GroupNormFwd : RowOp {
+  static constexpr int in = 1, params = 2, out = 1, scalar_out = 2;
+  enum { kX, kW = 0, kB, kY = 0, kMean = 0, kVar };
+  ChannelRow channel;
+  bool shift;  // there is a b
+
+  template <class S>
+  struct Row {
+    S mean, rstd;
+  };
+  template <class A>
+  using Sweeps = List<ChannelMoments::Total<A>, Spread<A>>;
+
+  template <class A, class R>
+  FUSEGRAD_FN void add(ChannelMoments::Total<A>& sum, const R&, const In<GroupNormFwd, A>& in) const {
+    sum.x = sum.x + in.x[kX];
+  }
+  template <class S, class At>
+  FUSEGRAD_FN void finish(Row<S>& row, const ChannelMoments::Total<S>& sum, const At& at) const {
+    row.mean = sum.x / S(at.args.extent.cols);
+  }
+  template <class A, class R>
+  FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In<GroupNormFwd, A>& in) const {
+    sum.add(in.x[kX], A(row.mean));
+  }
+  template <class S, class At>
+  FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
+    const S n = S(at.args.extent.cols), var = sum.about(row.mean, n) / n;
+    row.rstd = rsqrt(var + S(channel.eps));
+    at.put(kMean, row.mean);
+    at.put(kVar, var);
+  }
+  template <class T, class A, class R>
+  FUSEGRAD_FN void map(const R& row, const In<GroupNormFwd, A>& in, Out<GroupNormFwd, A>& out) const {
+    const A b = shift ? in.p[kB] : A(0);
+    out.y[kY] = channel.activation.value(channel.z(channel.h(row, in.x[kX]), in.p[kW], b, A(0)));
+  }
+};
+
+struct GroupNormBwd : RowOp {
+  static constexpr int in = 2, params = 2, out = 1, col_out = 2, wide_cols = 2, scalar_in = 2, packs = 1;
+  enum { kX, kDy, kW = 0, kB, kDx = 0, kDw = 0, kDb, kMean = 0, kVar };
+  ChannelRow channel;
+  bool shift;  // there is a b
+
+  template <class S>
+  struct Row {
+    S mean, rstd;
+    S g, gh;  // the means of w dz and of w dz h
+  };
+  template <class A>
+  using Sweeps = List<ChannelSums::Dots<A>>;
+
+  template <class A>
+  FUSEGRAD_FN A dz(A h, const In<GroupNormBwd, A>& in) const {
+    return channel.dz(h, in.p[kW], shift ? in.p[kB] : A(0), A(0), in.x[kDy]);
+  }
+  template <class S, class At>
+  FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
+    row.mean = at.scalar(kMean);
+    row.rstd = at.args.extent.cols == 1 ? S(0) : rsqrt(at.scalar(kVar) + S(channel.eps));
+  }
+  template <class A, class R>
+  FUSEGRAD_FN void add(ChannelSums::Dots<A>& sum, const R& row, const In<GroupNormBwd, A>& in) const {
+    const A h = channel.h(row, in.x[kX]), wdz = dz(h, in) * in.p[kW];
+    sum.dz = sum.dz + wdz;
+    sum.dzh = fma(wdz, h, sum.dzh);
+  }
+  template <class S, class At>
+  FUSEGRAD_FN void finish(Row<S>& row, const ChannelSums::Dots<S>& sum, const At& at) const {
+    row.g = sum.dz / S(at.args.extent.cols);
+    row.gh = sum.dzh / S(at.args.extent.cols);
+  }
+  template <class T, class A, class R>
+  FUSEGRAD_FN void map(const R& row, const In<GroupNormBwd, A>& in, Out<GroupNormBwd, A>& out) const {
+    const A h = channel.h(row, in.x[kX]), of_z = dz(h, in);
+    out.y[kDx] = A(row.rstd) * (of_z * in.p[kW] - A(row.g) - h * A(row.gh));
+    out.col[kDw] = of_z * h;
+    out.col[kDb] = of_z;
   }
 };
 
