@@ -122,6 +122,10 @@ struct ChannelRow {
   FUSEGRAD_FN A dz(A h, A w, A b, A r, A dy) const {
     return activation.kind == Act::identity ? dy : activation.gradient(dy, z(h, w, b, r));
   }
+  template <class A, class R>
+  FUSEGRAD_FN A dx(const R& row, A h, A wdz) const {
+    return A(row.rstd) * (wdz - A(row.g) - h * A(row.gh));
+  }
 };
 
 struct ChannelNormFwd : RowOp {
@@ -224,7 +228,7 @@ struct ChannelNormBwd : RowOp {
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<ChannelNormBwd, A>& in, Out<ChannelNormBwd, A>& out) const {
     const A h = channel.h(row, in.x[kX]), dz = channel.dz(h, A(row.w), A(row.b), in.x[kR], in.x[kDy]);
-    out.y[kDx] = A(row.rstd) * (dz * A(row.w) - A(row.g) - h * A(row.gh));
+    out.y[kDx] = channel.dx(row, h, dz * A(row.w));
     out.y[kDr] = dz;
   }
 };
@@ -306,7 +310,7 @@ struct GroupNormBwd : RowOp {
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<GroupNormBwd, A>& in, Out<GroupNormBwd, A>& out) const {
     const A h = channel.h(row, in.x[kX]), of_z = dz(h, in);
-    out.y[kDx] = A(row.rstd) * (of_z * in.p[kW] - A(row.g) - h * A(row.gh));
+    out.y[kDx] = channel.dx(row, h, of_z * in.p[kW]);
     out.col[kDw] = of_z * h;
     out.col[kDb] = of_z;
   }
