@@ -213,7 +213,7 @@ def test_guard(monkeypatch):
     kernels, complaints = guard.examine("default", guard.objects("default"))
     assert len(complaints) == kernels
     functions = guard.functions
-    for part in ("", ">::chunks<true>"):
+    for part in ("", ">::chunks<true"):
 
         def mutated(path, lost="MapCpu<fusegrad::GatedFwd<(fusegrad::Act)11>, c10::BFloat16" + part):
             for name, code in functions(path):

@@ -10,6 +10,30 @@
 namespace fusegrad {
 namespace {
 
+// The usual mixed inputs, which leave nothing to be decided at each step: elements of the rows' type T, or one value for all.
+template <class A, class T, int count>
+struct Settled {
+  const T* data[at_least_one(count)];  // null: the value
+  A value[at_least_one(count)];
+
+  // False if they are not like that.
+  bool from(const Mixed* m, double absent) {
+    constexpr DType type = std::is_same_v<T, double>  ? DType::f64
+                           : std::is_same_v<T, float> ? DType::f32
+                           : std::is_same_v<T, Half>  ? DType::f16
+                                                      : DType::bf16;
+    for (int i = 0; i < count; ++i) {
+      const bool one = !m[i].data || m[i].step == 0;
+      if (!one && m[i].type != type) return false;
+      data[i] = one ? nullptr : reinterpret_cast<const T*>(m[i].data);
+      A v[2] = {A(Scalar<A>(0)), A(Scalar<A>(0))};
+      if (one) load(m[i], absent, 0, v, kStep<A>);
+      value[i] = v[0];
+    }
+    return true;
+  }
+};
+
 template <class Op, class T>
 class MapCpu {
   using A = Vec<Acc<T>>;
@@ -98,19 +122,40 @@ class MapCpu {
     }
   }
 
-  void chunks(const T* const* x, const Mixed* m, T* const* y, int64_t n, int64_t number) const {
-    past&& on_lines<Op::out>(y) ? chunks<true>(x, m, y, n, number) : chunks<false>(x, m, y, n, number);
+  // Calls f(mixed inputs), settled if they can be: with a choice of type at each step, bce backward took 1.3 times as long in
+  // float32 (4096 x 1024).
+  template <class F>
+  static void with_mixed(const Mixed* m, const F& f) {
+    if constexpr (Op::mixed > 0) {
+      Settled<A, T, Op::mixed> settled;
+      if (settled.from(m, Op::absent)) return f(settled);
+    }
+    f(m);
   }
 
-  template <bool past>
   void chunks(const T* const* x, const Mixed* m, T* const* y, int64_t n, int64_t number) const {
+    with_mixed(m, [&](const auto& m) {
+      past&& on_lines<Op::out>(y) ? chunks<true>(x, m, y, n, number) : chunks<false>(x, m, y, n, number);
+    });
+  }
+
+  template <bool past, class M>
+  void chunks(const T* const* x, const M& m, T* const* y, int64_t n, int64_t number) const {
     int64_t c = 0;
     for (; c + kChunk <= n; c += kChunk) chunk<false, past>(x, m, y, c, kChunk, number);
     if (c < n) chunk<true, false>(x, m, y, c, n - c, number);
   }
 
-  template <bool tail>
-  FUSEGRAD_FN void map(const T* const* x, const Mixed* m, int64_t c, int64_t n, int64_t number, Out<Op, A> (&out)[2]) const {
+  FUSEGRAD_FN static void load_mixed(const Mixed* m, int i, int64_t c, A (&v)[2], int64_t n) { load(m[i], Op::absent, c, v, n); }
+  FUSEGRAD_FN static void load_mixed(const Settled<A, T, Op::mixed>& m, int i, int64_t c, A (&v)[2], int64_t n) {
+    if (m.data[i])
+      load(m.data[i] + c, v, n);
+    else
+      v[0] = v[1] = m.value[i];
+  }
+
+  template <bool tail, class M>
+  FUSEGRAD_FN void map(const T* const* x, const M& m, int64_t c, int64_t n, int64_t number, Out<Op, A> (&out)[2]) const {
     In<Op, A> in[2];
     for (int i = 0; i < 2; ++i) in[i].number = number + (c + i * Lanes<A>::count) * args.number.col, in[i].apart = args.number.col;
 #pragma GCC unroll 8
@@ -122,15 +167,15 @@ class MapCpu {
 #pragma GCC unroll 8
     for (int i = 0; i < Op::mixed; ++i) {
       A v[2];
-      load(m[i], Op::absent, c, v, tail ? n : kChunk);
+      load_mixed(m, i, c, v, tail ? n : kChunk);
       in[0].m[i] = v[0], in[1].m[i] = v[1];
     }
     op.map(in[0], out[0]);
     op.map(in[1], out[1]);
   }
 
-  template <bool tail, bool past>
-  FUSEGRAD_FN void chunk(const T* const* x, const Mixed* m, T* const* y, int64_t c, int64_t n, int64_t number) const {
+  template <bool tail, bool past, class M>
+  FUSEGRAD_FN void chunk(const T* const* x, const M& m, T* const* y, int64_t c, int64_t n, int64_t number) const {
     Out<Op, A> out[2];
     map<tail>(x, m, c, n, number, out);
 #pragma GCC unroll 8
@@ -163,19 +208,21 @@ class MapCpu {
     }
     A sum[at_least_one(Op::sums)][2];
     for (int i = 0; i < Op::sums; ++i) sum[i][0] = sum[i][1] = A(Acc<T>(0));
-    Out<Op, A> out[2];
-    int64_t c = 0;
-    for (; c + kChunk <= n; c += kChunk) {
-      map<false>(x, m, c, kChunk, 0, out);
-      for (int i = 0; i < Op::sums; ++i) sum[i][0] = sum[i][0] + out[0].sum[i], sum[i][1] = sum[i][1] + out[1].sum[i];
-    }
-    if (c < n) {
-      map<true>(x, m, c, n - c, 0, out);
-      for (int i = 0; i < Op::sums; ++i) {
-        sum[i][0] = select(Lanes<A>::first(n - c), sum[i][0] + out[0].sum[i], sum[i][0]);
-        sum[i][1] = select(Lanes<A>::first(n - c - W), sum[i][1] + out[1].sum[i], sum[i][1]);
+    with_mixed(m, [&](const auto& m) {
+      Out<Op, A> out[2];
+      int64_t c = 0;
+      for (; c + kChunk <= n; c += kChunk) {
+        map<false>(x, m, c, kChunk, 0, out);
+        for (int i = 0; i < Op::sums; ++i) sum[i][0] = sum[i][0] + out[0].sum[i], sum[i][1] = sum[i][1] + out[1].sum[i];
       }
-    }
+      if (c < n) {
+        map<true>(x, m, c, n - c, 0, out);
+        for (int i = 0; i < Op::sums; ++i) {
+          sum[i][0] = select(Lanes<A>::first(n - c), sum[i][0] + out[0].sum[i], sum[i][0]);
+          sum[i][1] = select(Lanes<A>::first(n - c - W), sum[i][1] + out[1].sum[i], sum[i][1]);
+        }
+      }
+    });
     for (int i = 0; i < Op::sums; ++i)
       static_cast<Acc<T>*>(args.partial)[i * args.slices + s] = sum_of_lanes(sum[i][0] + sum[i][1]);
   }

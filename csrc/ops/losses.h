@@ -29,7 +29,8 @@ enum class LossKind : int8_t { mse, l1, huber, smooth_l1, bce, focal, kl, js };
 struct Loss {
   LossKind kind;
   bool log_target;
-  double a, b;  // delta; beta; alpha and gamma
+  double a, b;    // delta; beta; alpha and gamma
+  bool weighted;  // there is a v, else it is 1
 
   template <class A>
   FUSEGRAD_FN static A of(double value) {
@@ -92,8 +93,9 @@ struct Loss {
     }
   }
 
+  // That of t only if it is asked for, and its logarithm only if it counts.
   template <class A>
-  FUSEGRAD_FN void derivatives(A x, A t, A v, A& dx, A& dt) const {
+  FUSEGRAD_FN void derivatives(A x, A t, A v, A& dx, A& dt, bool of_t) const {
     const A d = x - t, sign = select(d > A(0), A(1), select(d < A(0), A(-1), A(0)));
     switch (kind) {
       case LossKind::mse: dx = A(2) * d; break;
@@ -102,13 +104,15 @@ struct Loss {
       case LossKind::smooth_l1: dx = select(absolute(d) >= of<A>(a), sign, d * of<A>(1 / a)); break;
       case LossKind::bce: {
         dx = (A(1) + (v - A(1)) * t) * sigmoid(x) - v * t;
-        dt = select(v == A(1), A(0), (v - A(1)) * softplus_of_minus(x)) - x;
+        dt = A(0) - x;
+        if (of_t && weighted) dt = select(v == A(1), A(0), (v - A(1)) * softplus_of_minus(x)) - x;
         return;
       }
       case LossKind::focal: {
         const A s = sigmoid(x), u = s * (A(1) - t) + (A(1) - s) * t, ce = bce(x, t, A(1)), scale = balance(t);
         const A weight = power(u, b), slope = b == 0 ? A(0) : ce * of<A>(b) * power(u, b - 1);
         dx = scale * (weight * (s - t) + slope * s * (A(1) - s) * (A(1) - t - t));
+        if (!of_t) return;
         dt = scale * (slope * (A(1) - s) - slope * s - x * weight);
         if (a >= 0) dt = dt + of<A>(2 * a - 1) * ce * weight;
         return;
@@ -117,7 +121,7 @@ struct Loss {
         const A p = p_of(t);
         dx = A(0) - p;
         // t / t: at 0, where the derivative is infinite, it is NaN as torch's.
-        dt = log_target ? p * (A(1) + t - x) : select(t == A(0), A(0), log(t)) + t / t - x;
+        if (of_t) dt = log_target ? p * (A(1) + t - x) : select(t == A(0), A(0), log(t)) + t / t - x;
         return;
       }
       default: {
@@ -150,12 +154,13 @@ struct LossesBwd : MapOp {
   enum { kX, kT = 0, kW, kV, kG, kDx = 0, kDt };
   Loss loss;
   double factor;  // 1 / the number of elements that a mean is taken over
+  bool of_t;      // the target's gradient is wanted
 
   template <class A>
   FUSEGRAD_FN void map(const In<LossesBwd, A>& in, Out<LossesBwd, A>& out) const {
     const A g = in.m[kG] * A(Scalar<A>(factor)) * in.m[kW];
-    A dx, dt;
-    loss.derivatives(in.x[kX], in.m[kT], in.m[kV], dx, dt);
+    A dx, dt(0);
+    loss.derivatives(in.x[kX], in.m[kT], in.m[kV], dx, dt, of_t);
     out.y[kDx] = dx * g;
     out.y[kDt] = dt * g;
   }

@@ -24,7 +24,7 @@ KERNEL_DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 OPS: dict[str, Op] = {}
 POOLS = [_C.pool_clear]  # and those of extensions
 # Tiny, tall, square, wide, and beyond every cache.
-SHAPES = ((4, 64), (65536, 64), (32768, 256), (4096, 1024), (2048, 4096), (512, 32768), (64, 131072), (8192, 2048))
+SHAPES = ((4, 64), (65536, 64), (32768, 256), (4096, 1024), (2048, 4096), (512, 32768), (64, 131072))
 
 
 @dataclass(frozen=True)
