@@ -70,7 +70,7 @@ def main(args, console):
 
     table = Table("network", "torch.nn ms", "fusegrad ms", "ratio", title="a training step, median")
     for name, make in dict(gpt=gpt, mlp=mlp, conv=conv).items():
-        clocks = [measure.Clock(step_of(make, layers, args.device), args.device, args.threads) for layers in (torch, fusegrad)]
+        clocks = [measure.Clock(step_of(make, layers, args.device), args.device) for layers in (torch, fusegrad)]
         times = [[], []]
         for _ in range(max(args.rounds, 3)):
             for t, clock in zip(times, clocks):

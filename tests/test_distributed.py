@@ -280,6 +280,26 @@ def e3_linear_cross_entropy_of_tokens(rank, world):
     close(results[1], results[0])
 
 
+def e3_compiled(rank, world):
+    """A graph breaks at an op of a DTensor, which is what it is in eager, and its backward too; in functions and in modules."""
+    mesh = init_device_mesh(DEVICE, (world,))
+    torch.manual_seed(3)
+    x = distribute_tensor(torch.randn(2, 4 * world, 8, dtype=F64), mesh, [Shard(1)]).requires_grad_()
+    w = distribute_tensor(torch.randn(8, dtype=F64), mesh, [Replicate()]).requires_grad_()
+    layer = distribute_module(nn.LayerNorm(8, dtype=F64), mesh)
+
+    def f(x, w):
+        return layer(fused.bias_act(fused.rms_norm(x, (8,), w) * 2, activation="silu") + x)
+
+    results = []
+    for g in (f, torch.compile(f, backend="aot_eager")):
+        y = g(x, w)
+        assert y.placements == (Shard(1),)
+        grads = torch.autograd.grad(y.square().sum(), (x, w, *layer.parameters()))
+        results.append([whole(t) for t in (y.detach(), *grads)])
+    close(results[1], results[0])
+
+
 def e3_refusals(rank, world):
     mesh = init_device_mesh(DEVICE, (world,))
     x, w = (distribute_tensor(torch.randn(8, 8), mesh, [Shard(0)]) for _ in range(2))
@@ -315,6 +335,7 @@ CHECKS = (
     e3_dropout_of_parts,
     e3_tensor_and_sequence_parallel,
     e3_linear_cross_entropy_of_tokens,
+    e3_compiled,
     e3_refusals,
 )
 

@@ -215,6 +215,75 @@ def test_a_pair_that_a_forward_elsewhere_takes_apart():
     assert by_name(report.kept)["act"].also == ("one.1",)
 
 
+class Keeping(torch.nn.Module):
+    """Somebody may look at what is between the two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act, self.seen = torch.nn.BatchNorm1d(4), torch.nn.ReLU(), []
+        self.steps = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+class InAnAttribute(Keeping):
+    def forward(self, x):
+        self.between = self.norm(x)
+        return self.act(self.between)
+
+
+class InAList(Keeping):
+    def forward(self, x):
+        self.seen.append(self.norm(x))
+        return self.act(self.seen[-1])
+
+
+class InAMethod(Keeping):
+    def features(self, x):
+        return self.norm(x)
+
+
+class InALoop(Keeping):
+    def forward(self, x, more=None):
+        for step in self.steps:
+            x = step(x)
+            self.seen.append(x)
+        return x
+
+
+class ByIndex(Keeping):
+    def forward(self, x, more=None):
+        return self.steps[0](x)
+
+
+@pytest.mark.parametrize("cls", [InAnAttribute, InAList, InAMethod, InALoop, ByIndex])
+def test_no_pair_where_somebody_looks_between(cls):
+    model, parts = cls(), {"norm", "act"} if cls not in (InALoop, ByIndex) else {"steps.0", "steps.1"}
+    report = fusegrad.fuse(model, dry_run=True)
+    assert not {e.name for e in report.replaced if "joined" in e.by} & parts
+    if cls in (InALoop, ByIndex):
+        assert all("may call one alone" in by_name(report.kept)[name].why for name in ("steps.1",))
+
+
+class Harmless(Keeping):
+    """What its other code reads of the layers is nothing that a joined pair changes."""
+
+    def forward(self, x, more=None):
+        return self.steps(self._run(x)) if more is None else x
+
+    def _run(self, x):
+        return self.steps(x)
+
+    def sizes(self):
+        return self.norm.weight.shape, [p.shape for p in self.steps.parameters()]
+
+
+def test_a_pair_whose_owner_leaves_it_whole():
+    report = fused_alike(Harmless(), torch.randn(3, 4))
+    assert {e.name for e in report.replaced if "joined" in e.by} == {"steps.1"}
+
+
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_hook_between_two_layers_keeps_them_apart(register, which):
@@ -410,6 +479,17 @@ def test_what_looks_like_a_gated_mlp_and_is_none():
     report = fusegrad.fuse(GatedMLP(torch.nn.SiLU(), "clamped"), dry_run=True)
     assert "" not in by_name(report.replaced)  # gate and its activation are a pair, as in any forward
     assert by_name(report.replaced)["w1"].by == "fusegrad.nn.Linear(activation='silu')"
+
+    class Kept(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down, self.act = *(torch.nn.Linear(4, 4) for _ in range(3)), torch.nn.SiLU()
+
+        def forward(self, x):
+            self.hidden = self.act(self.gate(x))
+            return self.down(self.hidden * self.up(x))
+
+    assert {e.name for e in fusegrad.fuse(Kept(), dry_run=True).replaced} == {"gate", "act"}  # a pair, whose result is still there
     model = GatedMLP(torch.nn.Sigmoid(), "gate first")
     assert "its activation must be silu" in by_name(fusegrad.fuse(model, dry_run=True).kept)[""].why
 

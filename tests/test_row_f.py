@@ -46,7 +46,13 @@ def compare(ran, expected):
 
 
 def run(session, args):
-    return session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args)})
+    """The results, whose sizes are those that the graph declares, where it declares a number."""
+    ran = session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args)})
+    for declared, result in zip(session.get_outputs(), ran):
+        assert [
+            size if isinstance(size, str) or size is None else fact for size, fact in zip(declared.shape, result.shape)
+        ] == declared.shape
+    return ran
 
 
 def test_every_module_is_exported():

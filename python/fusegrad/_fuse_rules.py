@@ -7,8 +7,12 @@ on the meta device, and leaves the module as it is."""
 
 from __future__ import annotations
 
+import dis
+import functools
+import gc
 import inspect
 import operator
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
@@ -142,8 +146,28 @@ def _activation(m: Module) -> tuple[str, float] | None:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
     def is_leaf_module(self, m, module_qualified_name):
         return True
+
+    def proxy(self, node):
+        value = super().proxy(node)
+        self.values.append((node, weakref.ref(value)))
+        return value
+
+    def mark_kept(self) -> None:
+        """Marks the nodes whose value the forward has put somewhere, where others may look at it."""
+
+        def kept():
+            return [node for node, value in self.values if value() is not None]
+
+        if kept():
+            gc.collect()
+        for node in kept():
+            node.meta["kept"] = True
 
 
 def _graphs(m: Module) -> list[fx.Graph]:
@@ -155,9 +179,49 @@ def _graphs(m: Module) -> list[fx.Graph]:
         kinds = [p.kind for p in inspect.signature(type(m).forward).parameters.values()]
         if len(kinds) != 2 or any(kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds):
             return []
-        return [_Tracer().trace(_probe(m, training)) for training in (True, False)]
+        tracers, probes = [_Tracer(), _Tracer()], [_probe(m, training) for training in (True, False)]
+        graphs = [tracer.trace(probe) for tracer, probe in zip(tracers, probes)]
+        for tracer in tracers:
+            tracer.mark_kept()
+        return graphs
     except Exception:  # code of others may raise whatever it likes
         return []
+
+
+@functools.cache
+def _reads(cls: type) -> dict[str, list[tuple[str, str]]]:
+    """What the functions of a class read of objects: each attribute's name, and "()" if it is called, the name that is read of it in
+    turn, or "" for all else."""
+    found = defaultdict(list)
+
+    def read(name, code):
+        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        for step, after in zip(steps, (*steps[1:], None)):
+            if step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr):
+                found[name].append((step.argval, "()"))
+            elif step.opname == "LOAD_ATTR":
+                found[name].append((step.argval, after.argval if after.opname in ("LOAD_ATTR", "LOAD_METHOD") else ""))
+        for inner in (c for c in code.co_consts if inspect.iscode(c)):
+            read(name, inner)
+
+    for base in cls.__mro__[: cls.__mro__.index(Module)]:
+        for name, f in vars(base).items():
+            f = f.fget if isinstance(f, property) else getattr(f, "__func__", f)
+            if isinstance(f, FunctionType) and name != "__init__":
+                read(name, getattr(inspect.unwrap(f), "__code__", f.__code__))
+    return found
+
+
+def _reached(cls: type) -> set[str]:
+    """The functions of a class that its forward may come to."""
+    found, reads = set(), _reads(cls)
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [attribute for attribute, _ in reads.get(name, ()) if attribute in reads]
+    return found
 
 
 def _gated_parts(m: Module, graph: fx.Graph) -> tuple[str, ...] | None:
@@ -165,7 +229,7 @@ def _gated_parts(m: Module, graph: fx.Graph) -> tuple[str, ...] | None:
     makes gate and up, the two halves of its result."""
     x, *nodes = graph.nodes
     products = [n for n in nodes if n.op == "call_function" and n.target in (operator.mul, torch.mul)]
-    if len(products) != 1 or len(products[0].users) != 1:
+    if len(products) != 1 or len(products[0].users) != 1 or any("kept" in n.meta for n in nodes):
         return None
     (product,) = products
     (down,) = product.users
@@ -206,6 +270,16 @@ def _taken_in(first: Module, second: Module, attributes: dict) -> dict | None:
     return None
 
 
+# What may be read of a child by its owner without a look at what comes out of the layers: nothing but that it is called, for a
+# Sequential, or an attribute, for a layer.
+def _leaves_whole(what: str) -> bool:
+    return what in ("()", "parameters", "named_parameters", "apply", "train", "eval", "requires_grad_", "append", "add_module")
+
+
+def _leaves_alone(what: str) -> bool:
+    return what not in ("()", "", "forward", "__call__")
+
+
 class Found:
     """What is known of the whole model before its modules are asked one by one."""
 
@@ -243,9 +317,26 @@ class Found:
             found |= self._callers(owner, owners) if _runs(owner, Module.forward) else {owner}
         return found
 
+    def _seen(self, m: Module, owners: dict) -> bool:
+        """Whether code of an owner may call it, or reach into a Sequential around it, aside from the forwards that were followed."""
+        for owner in owners[m]:
+            followed = owner in self.graphs
+            if _runs(owner, torch.nn.Sequential.forward):
+                if self._seen(owner, owners):
+                    return True
+                continue
+            if type(owner).__module__.startswith("torch.nn."):
+                continue
+            names = {name for name, child in owner._modules.items() if child is m}
+            aside = _reads(type(owner)).keys() - (_reached(type(owner)) if followed else ())
+            harmless = _leaves_whole if _runs(m, torch.nn.Sequential.forward) else _leaves_alone
+            if any(name in names and not harmless(what) for f in aside for name, what in _reads(type(owner))[f]):
+                return True
+        return False
+
     def _after(self, root: Module, node: fx.Node, through: set[Module]) -> Module | None:
         """The module that alone takes the node's result, behind those that hand on what they get."""
-        while len(node.users) == 1:
+        while len(node.users) == 1 and "kept" not in node.meta:
             (user,) = node.users
             if user.op != "call_module" or user.args != (node,) or user.kwargs:
                 return None
@@ -283,6 +374,8 @@ class Found:
                     return "a hook sees what is between them"
                 if not all(self._callers(m, owners) <= callers[m] for m in (first, second)):
                     return "one is called by a forward that cannot be followed"
+                if self._seen(first, owners) or self._seen(second, owners):
+                    return "code of the module around them may call one alone"
                 alike = all(wanted.get((first, m)) == wanted[first, second] for m in after[first])
                 if not alike or len(before[second]) != len(after[second]) or any((m, second) not in wanted for m in before[second]):
                     return "one is called elsewhere too"

@@ -50,6 +50,7 @@ def _placed(t: DTensor, mesh: DeviceMesh, placements: Sequence) -> DTensor:
     return t if list(t.placements) == list(placements) else t.redistribute(mesh, placements)
 
 
+@torch.compiler.disable
 def call(row, tensors: Sequence[Tensor | None], options: Sequence, outputs: int | None):
     """`row.fn.call` of DTensors, the results as DTensors.
 

@@ -27,7 +27,7 @@ def affine(h: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
 def group_norm_reference(x: Tensor, w: Tensor | None, b: Tensor | None, groups: int, eps: float, activation: int) -> Tensor:
     a = wide(x).unflatten(1, (groups, x.shape[1] // groups))
     var, mean = torch.var_mean(a, tuple(range(2, a.dim())), correction=0, keepdim=True)
-    h = ((a - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
+    h = ((a - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
     return activate(affine(h, w, b), activation).to(x.dtype)
 
 
