@@ -300,6 +300,22 @@ def e3_compiled(rank, world):
     close(results[1], results[0])
 
 
+def e3_transforms(rank, world):
+    """Under grad and vmap an op of DTensors is its reference, which torch splits."""
+    mesh = init_device_mesh(DEVICE, (world,))
+    torch.manual_seed(4)
+    x, w = torch.randn(3, 2 * world, 8, dtype=F64), torch.randn(8, dtype=F64)
+    split, copied = distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(w, mesh, [Replicate()])
+
+    def loss(x, w):
+        return fused.bias_act(fused.layer_norm(x, (8,), w), activation="gelu").square().sum()
+
+    grad, per_sample = torch.func.grad(loss, (0, 1)), torch.vmap(torch.func.grad(loss), (0, None))
+    close([whole(g) for g in grad(split, copied)], list(grad(x, w)))
+    close(whole(per_sample(split, copied)), per_sample(x, w))
+    close(whole(torch.func.grad(lambda w: loss(split, w))(copied)), grad(x, w)[1])
+
+
 def e3_refusals(rank, world):
     mesh = init_device_mesh(DEVICE, (world,))
     x, w = (distribute_tensor(torch.randn(8, 8), mesh, [Shard(0)]) for _ in range(2))
@@ -336,6 +352,7 @@ CHECKS = (
     e3_tensor_and_sequence_parallel,
     e3_linear_cross_entropy_of_tokens,
     e3_compiled,
+    e3_transforms,
     e3_refusals,
 )
 

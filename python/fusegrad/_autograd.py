@@ -49,7 +49,7 @@ class Function(torch.autograd.Function):
     @classmethod
     def call(cls, tensors: Sequence[torch.Tensor | None], *options, outputs: int | None = None):
         """`apply`, by the shortest way that is right here. Of several results the first `outputs` are returned (1: without a tuple)."""
-        if is_sharded(tensors[0]):
+        if is_sharded(tensors[0]) and not _transforms.active():
             from . import _sharded
 
             return _sharded.call(cls.sharded or _op.OPS[cls.op], tensors, options, outputs)
@@ -84,6 +84,8 @@ class Function(torch.autograd.Function):
         """The sentence that says why the transforms at hand go through the reference; None if they do not."""
         if cls.rule is None or not _transforms.only_grad_and_vmap():
             return "a transform other than grad and vmap is active"
+        if any(t is not None and is_sharded(_transforms.unwrapped(t)) for t in tensors):
+            return "a transform of DTensors is active"
         batched = [i for i, t in enumerate(tensors) if _transforms.is_batched(t)]
         if batched and cls.params is None:
             return "vmap has no kernel"

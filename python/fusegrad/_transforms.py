@@ -48,6 +48,13 @@ def is_batched(t: torch.Tensor | None) -> bool:
     return False
 
 
+def unwrapped(t: torch.Tensor) -> torch.Tensor:
+    """What is within all levels."""
+    while known and _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
+
+
 def apply(fn: type[torch.autograd.Function], *args):
     """fn.apply. What torch does beneath transforms takes it a millisecond for a forward and a backward, with pytrees, signatures
     that are inspected and classes that are made anew; this does the same for flat positional arguments and a vmap rule whose results
