@@ -171,7 +171,7 @@ class RowsCpu {
         if (y[i]) std::fill_n(y[i], cols, T(0));
       return;
     }
-    sweeps(typename Op::template Sweeps<A>{}, typename Op::template Sweeps<S>{}, row, x, at);
+    sweeps(typename Op::template Sweeps<A>{}, typename Op::template Sweeps<S>{}, row, x, ahead, at);
     if constexpr (Op::out > 0 || Op::col_out > 0) {
       S* col[at_least_one(Op::col_out)] = {};
       if constexpr (sum_columns)
@@ -186,34 +186,40 @@ class RowsCpu {
   void maps(const Row& row, const Source& x, const T* const* ahead, T* const* y, S* const* col) const {
     int64_t c = 0;
     for (; c + kChunk <= cols; c += kChunk) {
-      for (int i = 0; i < Op::in; ++i)
-        for (size_t line = 0; line < kChunk * sizeof(T); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(ahead[i] + c) + line);
+      fetch(ahead, c);
       map<sum_columns, false, past>(row, x, y, col, c, kChunk);
     }
     if (c < cols) map<sum_columns, true, false>(row, x, y, col, c, cols - c);
   }
 
+  FUSEGRAD_FN static void fetch(const T* const* ahead, int64_t c) {
+    for (int i = 0; i < Op::in; ++i)
+      for (size_t line = 0; line < kChunk * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[i] + c) + line);
+  }
+
   template <class... V, class... H>
-  void sweeps(List<V...>, List<H...>, Row& row, [[maybe_unused]] const Source& x, [[maybe_unused]] const At<Op, T, P>& at) const {
-    (args.op.finish(row, sweep<V, H>(row, x), at), ...);
+  void sweeps(List<V...>, List<H...>, Row& row, [[maybe_unused]] const Source& x, [[maybe_unused]] const T* const* ahead,
+              [[maybe_unused]] const At<Op, T, P>& at) const {
+    (args.op.finish(row, sweep<V, H>(row, x, ahead), at), ...);
   }
 
   // A long row in parts, so that no sum grows so large beside what is added to it that it always rounds to the same side: the sum
   // of 262,144 squares of bfloat16 was off by 7e-6.
   template <class V, class H>
-  H sweep(const Row& row, const Source& x) const {
+  H sweep(const Row& row, const Source& x, const T* const* ahead) const {
     constexpr int64_t kPart = 8192;
-    V sum = sweep<V>(row, x, 0, std::min(cols, kPart));
-    for (int64_t c = kPart; c < cols; c += kPart) sum.merge(sweep<V>(row, x, c, std::min(cols, c + kPart)));
+    V sum = sweep<V>(row, x, ahead, 0, std::min(cols, kPart));
+    for (int64_t c = kPart; c < cols; c += kPart) sum.merge(sweep<V>(row, x, ahead, c, std::min(cols, c + kPart)));
     return across_lanes<V, H>(sum);
   }
 
   // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
   template <class V>
-  V sweep(const Row& row, const Source& x, int64_t c, int64_t end) const {
+  V sweep(const Row& row, const Source& x, [[maybe_unused]] const T* const* ahead, int64_t c, int64_t end) const {
     V sum[4];
     for (; c + 2 * kChunk <= end; c += 2 * kChunk) {
+      if constexpr (Op::out == 0 && Op::col_out == 0) fetch(ahead, c), fetch(ahead, c + kChunk);  // no map will
       add(sum + 0, row, x, c);
       add(sum + 2, row, x, c + kChunk);
     }

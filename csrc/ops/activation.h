@@ -47,13 +47,13 @@ struct Activation {
       case Act::square: return x * x;
       case Act::cube: return x * x * x;
       case Act::squared_relu: return square(larger(x, A(0)));
-      case Act::gelu: return x * normal_below(x, bell(x));
+      case Act::gelu: return gelu_of(x, normal_above(x, bell(x)));
       case Act::gelu_tanh: return of<A>(0.5) * x * (A(1) + tanh(tanh_argument(x)));
       case Act::silu: return x * sigmoid(x);
       case Act::softplus: return select(x > A(20), x, log1p(exp(smaller(x, A(20)))));
       case Act::elu: return select(x < A(0), expm1(x), x);
       case Act::mish: return x * tanh_of_softplus(x);
-      case Act::hardswish: return x * smaller(larger(x + A(3), A(0)), A(6)) * of<A>(1.0 / 6);
+      case Act::hardswish: return x * clamped(x + A(3), A(0), A(6)) * of<A>(1.0 / 6);
       default: return x;
     }
   }
@@ -74,7 +74,7 @@ struct Activation {
       case Act::squared_relu: return A(2) * larger(x, A(0));
       case Act::gelu: {
         const A e = bell(x);
-        return gelu_slope(x, normal_below(x, e), e);
+        return gelu_slope(x, normal_above(x, e), e);
       }
       case Act::gelu_tanh: return gelu_tanh_slope(x, tanh(tanh_argument(x)));
       case Act::silu: return silu_slope(x, sigmoid(x));
@@ -94,8 +94,8 @@ struct Activation {
   FUSEGRAD_FN void both(A x, A& y, A& slope) const {
     switch (kind) {
       case Act::gelu: {
-        const A e = bell(x), p = normal_below(x, e);
-        y = x * p, slope = gelu_slope(x, p, e);
+        const A e = bell(x), tail = normal_above(x, e);
+        y = gelu_of(x, tail), slope = gelu_slope(x, tail, e);
         return;
       }
       case Act::gelu_tanh: {
@@ -134,9 +134,14 @@ struct Activation {
   FUSEGRAD_FN static A silu_slope(A x, A s) {
     return s * fma(x, A(1) - s, A(1));
   }
+  // x P(X < x) of a standard normal X is max(x, 0) - |x| P(X > |x|), where no digit is lost on either side.
   template <class A>
-  FUSEGRAD_FN static A gelu_slope(A x, A p, A e) {
-    return p + x * of<A>(0.3989422804014327) * e;
+  FUSEGRAD_FN static A gelu_of(A x, A tail) {
+    return select(x > A(0), x, A(0)) - absolute(near(x)) * tail;
+  }
+  template <class A>
+  FUSEGRAD_FN static A gelu_slope(A x, A tail, A e) {
+    return select(x > A(0), A(1) - tail, tail) + x * of<A>(0.3989422804014327) * e;
   }
   template <class A>
   FUSEGRAD_FN static A bell(A x) {
@@ -147,15 +152,20 @@ struct Activation {
     const A near = bounded(x), slope = of<A>(kTanhScale) * (A(1) + of<A>(3 * kTanhCube) * near * near);
     return of<A>(0.5) * (A(1) + t) + of<A>(0.5) * x * (A(1) - t * t) * slope;
   }
-  // P(X < x) of a standard normal X.
+  // P(X > |x|) of a standard normal X.
   template <class A>
-  FUSEGRAD_FN static A normal_below(A x, A e /* bell(x) */) {
-    return of<A>(0.5) * erfc(x * of<A>(-0.7071067811865476), e);
+  FUSEGRAD_FN static A normal_above(A x, A e /* bell(x) */) {
+    return normal_tail(absolute(near(x)), e);
+  }
+  // Beyond 30 the tail is 0, which times infinity is no number.
+  template <class A>
+  FUSEGRAD_FN static A near(A x) {
+    return select(x > A(30), A(30), x);
   }
   // Beyond 30 tanh is 1, and a square might overflow where the result does not.
   template <class A>
   FUSEGRAD_FN static A bounded(A x) {
-    return smaller(larger(x, A(-30)), A(30));
+    return clamped(x, A(-30), A(30));
   }
   template <class A>
   FUSEGRAD_FN static A tanh_argument(A x) {

@@ -18,15 +18,8 @@
 
 namespace fusegrad {
 
-// A row is a cell.
-struct ChannelMoments : RowOp {
-  static constexpr int in = 1, scalar_out = 3;
-  enum { kX, kCount = 0, kMean, kSquares };
-
-  template <class S>
-  struct Row {
-    S mean;
-  };
+// The sweeps for the mean of the first input, and for its spread, which the op finishes.
+struct Moments : RowOp {
   template <class A>
   struct Total {
     A x{0};
@@ -35,18 +28,31 @@ struct ChannelMoments : RowOp {
   template <class A>
   using Sweeps = List<Total<A>, Spread<A>>;
 
-  template <class A, class R>
-  FUSEGRAD_FN void add(Total<A>& sum, const R&, const In<ChannelMoments, A>& in) const {
-    sum.x = sum.x + in.x[kX];
+  template <class A, class R, class In>
+  FUSEGRAD_FN void add(Total<A>& sum, const R&, const In& in) const {
+    sum.x = sum.x + in.x[0];
   }
-  template <class A, class R>
-  FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In<ChannelMoments, A>& in) const {
-    sum.add(in.x[kX], A(row.mean));
+  template <class A, class R, class In>
+  FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In& in) const {
+    sum.add(in.x[0], A(row.mean));
   }
-  template <class S, class At>
-  FUSEGRAD_FN void finish(Row<S>& row, const Total<S>& sum, const At& at) const {
+  template <class R, class S, class At>
+  FUSEGRAD_FN void finish(R& row, const Total<S>& sum, const At& at) const {
     row.mean = sum.x / S(at.args.extent.cols);
   }
+};
+
+// A row is a cell.
+struct ChannelMoments : Moments {
+  static constexpr int in = 1, scalar_out = 3;
+  enum { kX, kCount = 0, kMean, kSquares };
+
+  template <class S>
+  struct Row {
+    S mean;
+  };
+
+  using Moments::finish;
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
     const S n = S(at.args.extent.cols);
@@ -234,7 +240,7 @@ struct ChannelNormBwd : RowOp {
 };
 
 // A row is a group, a column one of its elements, with w and b of its channel.
-struct GroupNormFwd : RowOp {
+struct GroupNormFwd : Moments {
   static constexpr int in = 1, params = 2, out = 1, scalar_out = 2;
   enum { kX, kW = 0, kB, kY = 0, kMean = 0, kVar };
   ChannelRow channel;
@@ -244,21 +250,8 @@ struct GroupNormFwd : RowOp {
   struct Row {
     S mean, rstd;
   };
-  template <class A>
-  using Sweeps = List<ChannelMoments::Total<A>, Spread<A>>;
 
-  template <class A, class R>
-  FUSEGRAD_FN void add(ChannelMoments::Total<A>& sum, const R&, const In<GroupNormFwd, A>& in) const {
-    sum.x = sum.x + in.x[kX];
-  }
-  template <class S, class At>
-  FUSEGRAD_FN void finish(Row<S>& row, const ChannelMoments::Total<S>& sum, const At& at) const {
-    row.mean = sum.x / S(at.args.extent.cols);
-  }
-  template <class A, class R>
-  FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In<GroupNormFwd, A>& in) const {
-    sum.add(in.x[kX], A(row.mean));
-  }
+  using Moments::finish;
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
     const S n = S(at.args.extent.cols), var = sum.about(row.mean, n) / n;
