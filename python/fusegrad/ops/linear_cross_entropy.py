@@ -207,9 +207,9 @@ def linear_cross_entropy(
         The loss in the input's dtype (float32 under autocast), or `(loss, lse)`. Reduced to a number without lse, its forward makes
         the gradients too, while the logits are there; else the backward makes the logits again, chunk by chunk. Memory beyond
         arguments and gradients, with 4 bytes a number (8 in float64): a chunk's logits, twice its tokens' features, at most 32 MB
-        for a part of a 16-bit weight, and the gradients in float32 until the backward has rounded them. Saved for backward: input,
-        linear_weight, linear_bias, target, weight, and the gradients in float32 that are asked for (of an unreduced loss two float32
-        per token instead). What does not require grad costs nothing.
+        for a part of a 16-bit weight, half the logits again where products have 16-bit factors, and the gradients in float32 until
+        the backward has rounded them. Saved for backward: input, linear_weight, linear_bias, target, weight, and the gradients in
+        float32 that are asked for (of an unreduced loss two float32 per token instead). What does not require grad costs nothing.
 
     Raises:
         IndexError: on the CPU, a label that is neither a class nor `ignore_index`. ValueError: a target of another shape, an
@@ -464,12 +464,13 @@ def _log_probs_saved_bytes(kwargs):
 
 
 def _workspace(kwargs):
-    """Bytes beyond arguments and results: a chunk's logits and features, a part of the weight, some numbers per token, and the
-    gradients that are asked for, in float32."""
+    """Bytes beyond arguments and results: a chunk's logits (and their gradient in 16 bits), its features, a part of the weight, some
+    numbers per token, and the gradients that are asked for, in float32."""
     x, w, b = kwargs["input"], kwargs["linear_weight"], kwargs.get("linear_bias")
     width, tokens = wide_dtype(x).itemsize, x.numel() // max(1, x.shape[-1])
     chunk = min(tokens, max(1, 2**26 // (width * w.shape[0])))
     part = 0 if w.dtype == wide_dtype(x) and w.is_contiguous() else min(2**25, width * w.numel())
+    part += 2 * chunk * w.shape[0] if x.dtype == w.dtype != wide_dtype(x) else 0
     grads = sum(t.numel() for t in (x, w, b) if t is not None and t.requires_grad)
     return width * (chunk * w.shape[0] + 2 * chunk * x.shape[-1] + 8 * tokens + 2 * w.shape[0] + grads) + part
 
