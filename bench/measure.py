@@ -1,6 +1,7 @@
 """Times, bytes and memory of one call, and the copy speed beside them."""
 
 import contextlib
+import copy
 import itertools
 import os
 import platform
@@ -206,22 +207,22 @@ def copying(nbytes, device, sets):
     pairs = [torch.zeros(2, max(1, nbytes // 2), dtype=torch.uint8, device=device) for _ in range(sets)]
     turn = itertools.cycle(pairs)
 
-    def copy():
+    def step():
         pair = next(turn)
         pair[1].copy_(pair[0])
 
-    return copy
+    return step
 
 
 def measure(op, dtype, rows, cols, sides, args) -> dict:
     """One cell: every side in turn, on the same inputs."""
     first = prepare(op, dtype, rows, cols, args.device, args.seed)
     size = sum(t.nbytes for t in first.tensors())
-    # Not more than 16: a call so small is timed for what it costs the host, in the caches or not.
-    sets = max(1, min(int(MOST_MEMORY // size), -(-2 * last_level_cache(args.device) // size), 16))
-    calls = [first, *(prepare(op, dtype, rows, cols, args.device, args.seed + i) for i in range(1, sets))]
+    # Not more than 32: a call so small is timed for what it costs the host, in the caches or not.
+    sets = max(1, min(int(MOST_MEMORY // size), -(-2 * last_level_cache(args.device) // size), 32))
+    calls = [first, *(copy.deepcopy(first) for _ in range(1, sets))]
     moved = bytes_moved(first)
-    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, bytes=moved, sides={})
+    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, bytes=moved, rotated_bytes=sets * size, sides={})
     exact = {}
     for name, f in sides.items():
         try:
@@ -232,15 +233,18 @@ def measure(op, dtype, rows, cols, sides, args) -> dict:
     exact.clear()
     right = {name: f for name, f in sides.items() if "wrong" not in cell["sides"][name]}
     for phase in PHASES:
-        clocks = {name: Clock(steps_of(f, calls, phase), args.device) for name, f in right.items()}
+        clocks = {}
+        for i, (name, f) in enumerate(right.items()):
+            at = i * sets // len(right)  # no side finds in the caches what the one before it has read
+            clocks[name] = Clock(steps_of(f, calls[at:] + calls[:at], phase), args.device)
         clocks[None] = Clock(copying(moved[phase], args.device, sets), args.device)
         times = {name: [] for name in clocks}
         for _ in range(args.rounds):
             for name, clock in clocks.items():
                 times[name].append(clock.seconds())
-        cell.setdefault("copy", {})[phase] = copy = spread(times.pop(None))
+        cell.setdefault("copy", {})[phase] = copied = spread(times.pop(None))
         for name, t in times.items():
             cell["sides"][name][phase] = s = spread(t)
             s["GB_s"] = moved[phase] / s["median"] / 1e9
-            s["percent_of_copy"] = 100 * copy["median"] / s["median"]
+            s["percent_of_copy"] = 100 * copied["median"] / s["median"]
     return cell

@@ -29,8 +29,8 @@ def render(path, ops=()) -> str:
     lines = [
         f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['date']}:",
         "fusegrad's time over that of the best of eager code, torch's own function and `torch.compile`, geometric mean over the",
-        "shapes, and in the shape where it does worst; percent of the speed of a copy of as many bytes, where they do not fit in the",
-        "caches.",
+        "shapes, and in the shape where it does worst; percent of the speed of a copy of as many bytes, where the inputs come",
+        "from memory.",
         "",
         "| op | float32 | bfloat16 | worst | % of copy |",
         "|---|---|---|---|---|",
@@ -41,13 +41,13 @@ def render(path, ops=()) -> str:
             continue
         means = [report.geometric_mean(report.ratio(c) for c in cells if c["dtype"] == dtype) for dtype in ("float32", "bfloat16")]
         worst = max(cells, key=report.ratio)
-        large = report.geometric_mean(100 / report.of_copy(c) for c in cells if report.beyond_cache(c, m))
+        large = report.geometric_mean(100 / report.of_copy(c) for c in cells if report.from_memory(c, m))
         shown = [f"{value:.2f}" if value == value else "" for value in means]
         shown.append(f"{worst['dtype']} {worst['rows']} × {worst['cols']}: {report.ratio(worst):.2f}")
         lines.append("| " + " | ".join([op, *shown, f"{large:.0f}" if large == large else ""]) + " |")
     if ops:
         return "\n".join(lines) + "\n"
-    large = f"Time over that of a copy, for the {s['large_cells']} cells beyond\nthe last-level cache: {s['of_copy']:.2f}. "
+    large = f"Time over that of a copy, for the {s['large_cells']} cells whose inputs\ncome from memory: {s['of_copy']:.2f}. "
     above = f"; above 0.95: {', '.join(s['above'])}" if s["above"] else ""
     lines += [
         "",

@@ -41,14 +41,15 @@ def of_copy(cell):
     return own and own["both"]["median"] / cell["copy"]["both"]["median"]
 
 
-def beyond_cache(cell, machine) -> bool:
-    return cell["bytes"]["forward"] > machine["last_level_cache_MB"] * 2**20
+def from_memory(cell, machine) -> bool:
+    """Whether its inputs were read from memory: calls rotate through more of them than the last-level cache holds."""
+    return cell["rotated_bytes"] > machine["last_level_cache_MB"] * 2**20
 
 
 def summary(result) -> dict:
     cells = result["cells"]
     ratios = {name(c): r for c in cells if (r := ratio(c)) is not None}
-    large = [of_copy(c) for c in cells if beyond_cache(c, result["machine"]) and of_copy(c)]
+    large = [of_copy(c) for c in cells if from_memory(c, result["machine"]) and of_copy(c)]
     slower = []
     twins = {(c["op"], c["rows"], c["cols"]): c for c in cells if c["dtype"] == "float32"}
     for c in cells:
@@ -72,7 +73,7 @@ def footer(result) -> str:
     lines = [
         f"forward + backward over the best of eager, native and compile: geometric mean {s['ratio']:.2f} of {s['cells']} cells",
         f"cells above 0.95: {', '.join(s['above']) or 'none'}",
-        f"time over that of a copy, cells beyond the last-level cache: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells",
+        f"time over that of a copy, cells whose inputs come from memory: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells",
         f"bfloat16 slower than float32 beyond the spread: {', '.join(s['bfloat16_slower']) or 'none'}",
         f"absent: {', '.join(f'{peer} ({why})' for peer, why in result['absent'].items()) or 'none'}",
         "  ".join(f"{k}: {v}" for k, v in m.items()),

@@ -128,6 +128,8 @@ def main():
                 progress.advance(task)
     except KeyboardInterrupt:
         interrupted = True
+        if args.json:  # the last cell may not have been
+            write(args.json, result)
         console.print(f"interrupted: {len(result['cells'])} of {len(cells)} cells were measured")
     console.print(report.host_table(result) if args.host else report.table(result, args.old))
     console.print(report.footer(result), highlight=False)

@@ -125,6 +125,23 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
     assert 0 < len(cells) < 2 * len(shapes) and f"interrupted: {len(cells)} of {2 * len(shapes)} cells" in said
 
 
+INTERRUPTED = """
+import sys, run
+written = run.write
+def once(path, result):
+    run.write = written
+    raise KeyboardInterrupt
+run.write = once
+sys.exit(run.main())
+"""
+
+
+def test_an_interruption_between_a_cell_and_its_writing_loses_nothing(tmp_path):
+    done = bench(*QUICK, "--ops", "swiglu", "--sides", "fusegrad", "--json", tmp_path / "r.json", code=INTERRUPTED)
+    assert done.returncode == 130 and "interrupted: 1 of 2 cells" in done.stdout, done.stderr
+    assert len(json.loads((tmp_path / "r.json").read_text())["cells"]) == 1
+
+
 def test_peers(tmp_path, monkeypatch):
     """One that is installed is a side of the ops it has; one that is not is listed with the reason."""
     (tmp_path / "quack.py").write_text(
@@ -190,7 +207,7 @@ def test_summary():
 
     def cell(dtype, seconds):
         own = dict(fusegrad=side(seconds), eager=side(4.0), native=dict(wrong="too far off"))
-        return dict(op="a", dtype=dtype, rows=1, cols=1, bytes=dict(forward=10), copy=side(1.0), sides=own)
+        return dict(op="a", dtype=dtype, rows=1, cols=1, rotated_bytes=10, copy=side(1.0), sides=own)
 
     cells = [cell("float32", 1.0), cell("bfloat16", 4.0)]
     found = report.summary(dict(cells=cells, machine=dict(last_level_cache_MB=0)))
