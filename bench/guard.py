@@ -74,14 +74,16 @@ def examine(variant, paths):
     register, complaints, expected = REGISTERS[variant], [], set()
     wide, narrow, handed = defaultdict(int), defaultdict(int), defaultdict(int)
     for source in sorted((ROOT / "csrc/ops").glob("*_cpu.cpp")):
-        for op in re.findall(r"FUSEGRAD_(?:ROWS|ANY_ROWS|MAP)\((.+)\)", source.read_text()):
+        drivers = re.findall(r"FUSEGRAD_(?:ROWS|ANY_ROWS|MAP)\((.+)\)|class (\w+Cpu)", source.read_text())
+        for op in map("".join, drivers):  # or a driver of its own
             expected |= {(op, dtype) for dtype in DTYPES}
     for path in paths:
         for name, code in functions(path):
-            kernel = re.search(r"(?:RowsCpu|AcrossCpu|MapCpu)<fusegrad::(\w+(?:<.*?>)?), ([\w:]+)", name)
-            if not kernel:
+            found = re.search(r"(?:RowsCpu|AcrossCpu|MapCpu)<fusegrad::(\w+(?:<.*?>)?), ([\w:]+)|(\w+Cpu)<([\w:]+)", name)
+            if not found:
                 continue
-            kernel = re.sub(r"\(fusegrad::Act\)(\d+)", lambda m: f"Act::{ACTIVATIONS[int(m[1])]}", kernel[1]), kernel[2]
+            op, dtype = filter(None, found.groups())
+            kernel = re.sub(r"\(fusegrad::Act\)(\d+)", lambda m: f"Act::{ACTIVATIONS[int(m[1])]}", op), dtype
             for loop in loops(code):
                 vectors, scalars = arithmetic(loop, register)
                 wide[kernel] += vectors > 0 and not scalars

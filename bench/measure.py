@@ -22,14 +22,18 @@ from fusegrad._samples import Make
 from fusegrad.testing.budget import budget_breach, reference
 
 PHASES = ("forward", "backward", "both")
-MOST_MEMORY = 400e6  # bytes of inputs that a cell rotates through
+MOST_SETS = 64  # of inputs: a call of which so many fit into a cache is timed in it, or for what it costs the host
 
 
-def last_level_cache(device="cpu") -> int:
+def last_level_cache(device, threads) -> int:
+    """Bytes; on a CPU of all that so many threads may have: some have one for a few cores each."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(s[:-1]) * {"K": 1024, "M": 2**20}[s[-1]] for s in sizes), default=32 * 2**20)
+    found = {}  # {level: {the cores that share it: bytes}}
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        level, cores, size = ((path / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+        found.setdefault(int(level), {})[cores] = int(size[:-1]) * {"K": 1024, "M": 2**20}[size[-1]]
+    return sum(sorted(found[max(found)].values())[-threads:]) if found else 32 * 2**20
 
 
 def machine(args) -> dict:
@@ -46,12 +50,13 @@ def machine(args) -> dict:
         device=torch.cuda.get_device_name() if args.device == "cuda" else cpu,
         capability=_C.cpu_capability(),
         threads=args.threads,
-        last_level_cache_MB=last_level_cache(args.device) / 2**20,
+        last_level_cache_MB=last_level_cache(args.device, args.threads) / 2**20,
         python=platform.python_version(),
         torch=torch.__version__,
         fusegrad=fusegrad.__version__,
         commit=commit,
         seed=args.seed,
+        rounds=args.rounds,
         recycled_memory=args.recycle,
     )
 
@@ -87,11 +92,20 @@ def prepare(op, dtype, rows, cols, device, seed) -> Call:
     return call
 
 
-def bytes_moved(call) -> dict:
-    """What must be read and written once: forward the arguments and the results, backward the arguments, the incoming gradients and
-    the gradients."""
-    arguments, results = (sum(t.nbytes for t in tensors) for tensors in (call.tensors(), call.cotangents))
-    forward, backward = arguments + results, arguments + results + sum(t.nbytes for t in call.leaves.values())
+def bytes_beside(tensors, others) -> int:
+    """Of those that are none of the others, each once."""
+    known = {t.data_ptr() for t in others}
+    return sum({t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in known}.values())
+
+
+def bytes_moved(op, call) -> dict:
+    """What must be read and written once: forward the arguments and the results; backward the incoming gradients, the arguments, or
+    what is kept of them where that is less, and the gradients. A result that is an argument itself moves nothing."""
+    outputs, arguments = call.forward(op.functional), sum(t.nbytes for t in call.tensors())
+    results = bytes_beside(outputs, call.tensors())
+    forward = arguments + results if results else 0
+    incoming = sum(t.nbytes for t in call.cotangents)
+    backward = min(arguments, saved_bytes(op.functional, call)) + incoming + bytes_beside(call.backward(outputs), call.cotangents)
     return dict(forward=forward, backward=backward, both=forward + backward)
 
 
@@ -141,12 +155,12 @@ def wrong(op, name, f, call, exact=None) -> str | None:
     """Why a side's result on these inputs is not to be trusted: ours by the error budget, another's if its distance from
     the float64 reference is more than 100 eps of the reference's norm (4 eps in 16 bits), since it may round in between. The
     reference is kept in `exact`, a dict, for the next side."""
-    if op.random and name != "fusegrad":  # it draws otherwise, and there is nothing to compare it with
-        return None
     torch.manual_seed(17)  # as the table's calls do
     outputs, keys = call.forward(f), list(call.leaves)
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     found |= {f"gradient of {k}": g for k, g in zip(keys, call.backward(outputs))}
+    if op.random and name != "fusegrad":  # it draws otherwise, and there is nothing to compare it with
+        return None
     sample = Sample("bench", {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.kwargs.items()})
     if name == "fusegrad":
         return budget_breach(op, sample, found, call.cotangents, keys)
@@ -156,9 +170,9 @@ def wrong(op, name, f, call, exact=None) -> str | None:
     if not exact:
         exact.update(reference(op, sample, torch.float64, call.cotangents, keys))
     for k, r in exact.items():
-        error = (found[k].double() - r).norm() / r.norm()
-        if not error <= limit:
-            return f"{k}: relative error {error:.1e}"
+        error, norm = (found[k].double() - r).norm(), r.norm()
+        if not error <= limit * norm:
+            return f"{k}: relative error {error / norm:.1e}"
     return None
 
 
@@ -202,8 +216,14 @@ def steps_of(f, calls, phase):
     return lambda: getattr(calls[next(turn)], phase)(f)
 
 
-def copying(nbytes, device, sets):
-    """A function that moves that many bytes by a copy, through as much memory as the calls."""
+def sets_of(size, cache) -> int:
+    """How many sets of so many bytes are half as much again as the cache holds."""
+    return max(1, min(-(-3 * cache // (2 * max(1, size))), MOST_SETS))
+
+
+def copying(nbytes, device, cache):
+    """A function that moves that many bytes by a copy, through more memory than the cache as far as the calls do."""
+    sets = sets_of(nbytes, cache)
     pairs = [torch.zeros(2, max(1, nbytes // 2), dtype=torch.uint8, device=device) for _ in range(sets)]
     turn = itertools.cycle(pairs)
 
@@ -217,34 +237,48 @@ def copying(nbytes, device, sets):
 def measure(op, dtype, rows, cols, sides, args) -> dict:
     """One cell: every side in turn, on the same inputs."""
     first = prepare(op, dtype, rows, cols, args.device, args.seed)
-    size = sum(t.nbytes for t in first.tensors())
-    # Not more than 32: a call so small is timed for what it costs the host, in the caches or not.
-    sets = max(1, min(int(MOST_MEMORY // size), -(-2 * last_level_cache(args.device) // size), 32))
+    size, cache = sum(t.nbytes for t in first.tensors()), last_level_cache(args.device, args.threads)
+    sets, moved = sets_of(size, cache), bytes_moved(op, first)
     calls = [first, *(copy.deepcopy(first) for _ in range(1, sets))]
-    moved = bytes_moved(first)
-    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, bytes=moved, rotated_bytes=sets * size, sides={})
-    exact = {}
-    for name, f in sides.items():
-        try:
-            reason = wrong(op, name, f, first, exact)
-        except Exception as error:  # a peer without a backward, a missing compiler: the other sides are measured all the same
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        cell["sides"][name] = dict(wrong=reason) if reason else dict(saved=saved_bytes(f, first), peak=peak_bytes(f, first, args.device))
+    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, gemm=bool(op.gemm))
+    cell |= dict(bytes=moved, rotated_bytes=sets * size, sides={name: {} for name in sides})
+
+    def of_those_that_work(f, *more):
+        """{side: f(side, *more)}; one that raises (a peer without a backward, a missing compiler) is not measured, and the others are."""
+        found = {}
+        for name, side in cell["sides"].items():
+            if "wrong" not in side:
+                try:
+                    found[name] = f(name, *more)
+                except Exception as error:
+                    cell["sides"][name] = dict(wrong=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return found
+
+    exact, order = {}, list(sides)
+
+    def trial(name):
+        f = sides[name]
+        reason = wrong(op, name, f, first, exact)
+        return dict(wrong=reason) if reason else dict(saved=saved_bytes(f, first), peak=peak_bytes(f, first, args.device))
+
+    cell["sides"] |= of_those_that_work(trial)
     exact.clear()
-    right = {name: f for name, f in sides.items() if "wrong" not in cell["sides"][name]}
+
+    def clock(name, phase):
+        at = order.index(name) * sets // len(order)  # no side finds in the caches what the one before it has read
+        return Clock(steps_of(sides[name], calls[at:] + calls[:at], phase), args.device)
+
     for phase in PHASES:
-        clocks = {}
-        for i, (name, f) in enumerate(right.items()):
-            at = i * sets // len(right)  # no side finds in the caches what the one before it has read
-            clocks[name] = Clock(steps_of(f, calls[at:] + calls[:at], phase), args.device)
-        clocks[None] = Clock(copying(moved[phase], args.device, sets), args.device)
+        clocks = of_those_that_work(clock, phase)
+        copy_clock, copies = Clock(copying(moved[phase], args.device, cache), args.device), []
         times = {name: [] for name in clocks}
         for _ in range(args.rounds):
-            for name, clock in clocks.items():
-                times[name].append(clock.seconds())
-        cell.setdefault("copy", {})[phase] = copied = spread(times.pop(None))
-        for name, t in times.items():
-            cell["sides"][name][phase] = s = spread(t)
+            for name, seconds in of_those_that_work(lambda name, of: of[name].seconds(), clocks).items():
+                times[name].append(seconds)
+            copies.append(copy_clock.seconds())
+        cell.setdefault("copy", {})[phase] = copied = spread(copies)
+        for name in of_those_that_work(times.get):
+            cell["sides"][name][phase] = s = spread(times[name])
             s["GB_s"] = moved[phase] / s["median"] / 1e9
             s["percent_of_copy"] = 100 * copied["median"] / s["median"]
     return cell

@@ -58,9 +58,11 @@ def step_of(make, layers, device):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step():
-        model(batch).backward()
+        loss = model(batch)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
 
@@ -68,13 +70,22 @@ def step_of(make, layers, device):
 def main(args, console):
     import measure
 
-    table = Table("network", "torch.nn ms", "fusegrad ms", "ratio", title="a training step, median")
+    table = Table("network", "torch.nn ms", "quartiles", "fusegrad ms", "quartiles", "ratio", title="a training step, median")
+    failed = False
     for name, make in dict(gpt=gpt, mlp=mlp, conv=conv).items():
-        clocks = [measure.Clock(step_of(make, layers, args.device), args.device) for layers in (torch, fusegrad)]
+        steps = [step_of(make, layers, args.device) for layers in (torch, fusegrad)]
+        native, own = ([step().item() for _ in range(3)] for step in steps)
+        if not all(abs(a - b) <= 1e-4 * abs(a) for a, b in zip(native, own)):  # float32, a few steps
+            table.add_row(name, "wrong: losses", f"{native}", f"{own}")
+            failed = True
+            continue
         times = [[], []]
+        clocks = [measure.Clock(step, args.device) for step in steps]
         for _ in range(max(args.rounds, 3)):
             for t, clock in zip(times, clocks):
-                t.append(clock.seconds())
-        native, own = (measure.spread(t)["median"] for t in times)
-        table.add_row(name, f"{native * 1e3:.1f}", f"{own * 1e3:.1f}", f"{own / native:.2f}")
+                t.append(clock.seconds() * 1e3)
+        spreads = native, own = [measure.spread(t) for t in times]
+        shown = (text for s in spreads for text in (f"{s['median']:.1f}", f"{s['low']:.1f} – {s['high']:.1f}"))
+        table.add_row(name, *shown, f"{own['median'] / native['median']:.2f}")
     console.print(table)
+    return failed

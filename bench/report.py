@@ -5,6 +5,8 @@ import io
 import math
 import statistics
 
+from matplotlib.figure import Figure
+from rich.markup import escape as plain
 from rich.table import Table
 
 OTHERS = ("eager", "native", "compile")
@@ -46,38 +48,66 @@ def from_memory(cell, machine) -> bool:
     return cell["rotated_bytes"] > machine["last_level_cache_MB"] * 2**20
 
 
+def host_cost(cell):
+    """Microseconds of a forward that computes next to nothing, fusegrad's and those of the better of eager and native."""
+    others = [s["forward"]["median"] * 1e6 for side, s in timed(cell).items() if side in ("eager", "native")]
+    own = timed(cell).get("fusegrad")
+    return (own["forward"]["median"] * 1e6, min(others)) if own and others and cell["rows"] * cell["cols"] <= 1024 else None
+
+
+def slower_than(cell, twin) -> bool:
+    """Beyond the spread."""
+    own, wide = (timed(c).get("fusegrad") for c in (cell, twin))
+    return bool(own and wide) and own["both"]["low"] > wide["both"]["high"]
+
+
 def summary(result) -> dict:
     cells = result["cells"]
     ratios = {name(c): r for c in cells if (r := ratio(c)) is not None}
     large = [of_copy(c) for c in cells if from_memory(c, result["machine"]) and of_copy(c)]
-    slower = []
     twins = {(c["op"], c["rows"], c["cols"]): c for c in cells if c["dtype"] == "float32"}
-    for c in cells:
-        twin = twins.get((c["op"], c["rows"], c["cols"]))
-        if c["dtype"] == "bfloat16" and twin and "fusegrad" in timed(c) and "fusegrad" in timed(twin):
-            own, wide = (timed(x)["fusegrad"]["both"] for x in (c, twin))
-            if own["low"] > wide["high"]:
-                slower.append(name(c))
+    pairs = [(c, twins.get((c["op"], c["rows"], c["cols"]))) for c in cells if c["dtype"] == "bfloat16" and not c["gemm"]]
+    host = {name(c): found for c in cells if (found := host_cost(c))}
     return dict(
         ratio=geometric_mean(ratios.values()),
         above=[f"{k}: {r:.2f}" for k, r in ratios.items() if r > 0.95],
         of_copy=geometric_mean(large),
         cells=len(ratios),
         large_cells=len(large),
-        bfloat16_slower=slower,
+        bfloat16_slower=[name(c) for c, twin in pairs if twin and slower_than(c, twin)],
+        host=[f"{k}: {own:.0f} against {other:.0f}" for k, (own, other) in host.items() if own > other + 8],
+        wrong=[f"{name(c)} {side} ({s['wrong']})" for c in cells for side, s in c["sides"].items() if "wrong" in s],
     )
 
 
-def footer(result) -> str:
+def over_old(result, old):
+    """{(cell, side): (time over that of the older run, whether the quartiles of the two overlap)}."""
+    before = {name(c): timed(c) for c in old["cells"]}
+    found = {}
+    for cell in result["cells"]:
+        for side, s in timed(cell).items():
+            if was := before.get(name(cell), {}).get(side):
+                a, b = s["both"], was["both"]
+                found[name(cell), side] = a["median"] / b["median"], a["low"] <= b["high"] and b["low"] <= a["high"]
+    return found
+
+
+def footer(result, old=None) -> str:
     s, m = summary(result), result["machine"]
     lines = [
         f"forward + backward over the best of eager, native and compile: geometric mean {s['ratio']:.2f} of {s['cells']} cells",
         f"cells above 0.95: {', '.join(s['above']) or 'none'}",
         f"time over that of a copy, cells whose inputs come from memory: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells",
         f"bfloat16 slower than float32 beyond the spread: {', '.join(s['bfloat16_slower']) or 'none'}",
+        f"forward in µs more than 8 above the better of eager and native: {', '.join(s['host']) or 'none'}",
+        f"not timed: {', '.join(s['wrong']) or 'none'}",
         f"absent: {', '.join(f'{peer} ({why})' for peer, why in result['absent'].items()) or 'none'}",
         "  ".join(f"{k}: {v}" for k, v in m.items()),
     ]
+    if old:
+        found = over_old(result, old).values()
+        change = f"{sum(same for _, same in found)} of {len(found)} times within the quartiles"
+        lines.insert(0, f"beside the older run: {change}, geometric mean {geometric_mean(r for r, _ in found):.2f} of its times")
     return "\n".join(lines)
 
 
@@ -88,39 +118,44 @@ def ms(seconds):
 HEADER = ("cell", "side", "forward ms", "backward ms", "both ms", "quartiles", "GB/s", "% of copy", "saved MB", "peak MB", "ratio")
 
 
+def header(old):
+    return (*HEADER, "over old") if old else HEADER
+
+
 def rows(result, old=None):
     """The lines of the table, as text."""
-    before = {name(c): c for c in old["cells"]} if old else {}
+    changes = over_old(result, old) if old else {}
     for cell in result["cells"]:
         for side, s in cell["sides"].items():
             first = name(cell) if side == next(iter(cell["sides"])) else ""
             if "wrong" in s:
-                yield first, side, "wrong", s["wrong"], *[""] * (len(HEADER) - 4), *([""] if old else [])
+                yield first, side, "wrong", *[""] * (len(header(old)) - 3)
                 continue
             both, r = s["both"], ratio(cell) if side == "fusegrad" else None
             line = (first, side, ms(s["forward"]["median"]), ms(s["backward"]["median"]), ms(both["median"]))
             line += (f"{ms(both['low'])} – {ms(both['high'])}", f"{both['GB_s']:.1f}", f"{both['percent_of_copy']:.0f}")
             line += (f"{s['saved'] / 1e6:.2f}", f"{s['peak'] / 1e6:.2f}", "" if r is None else f"{r:.2f}")
             if old:
-                was = timed(before[name(cell)]).get(side) if name(cell) in before else None
-                line += (f"{both['median'] / was['both']['median']:.2f}" if was else "",)
+                change, same = changes.get((name(cell), side), (None, True))
+                line += ("" if change is None else f"{change:.2f}{'' if same else '*'}",)
             yield line
 
 
 def table(result, old=None) -> Table:
     t = Table(title="ratio: forward + backward over the best of eager, native and compile")
-    for i, column in enumerate((*HEADER, "over old") if old else HEADER):
-        t.add_column(column, justify="left" if i < 2 else "right", no_wrap=i != 3)
+    for i, column in enumerate(header(old)):
+        t.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for line in rows(result, old):
-        t.add_row(*line, style="bold" if line[1] == "fusegrad" else "", end_section=False)
+        t.add_row(*map(plain, line), style="bold" if line[1] == "fusegrad" else "", end_section=False)
     return t
 
 
 def host_table(result) -> Table:
     t = Table("op", "dtype", "side", "forward µs", "forward + backward µs", title="a call with (4, 64) inputs")
     for cell in result["cells"]:
-        for side, s in timed(cell).items():
-            t.add_row(cell["op"], cell["dtype"], side, f"{s['forward']['median'] * 1e6:.1f}", f"{s['both']['median'] * 1e6:.1f}")
+        for side, s in cell["sides"].items():
+            shown = (plain(s["wrong"]), "") if "wrong" in s else (f"{s[phase]['median'] * 1e6:.1f}" for phase in ("forward", "both"))
+            t.add_row(cell["op"], cell["dtype"], side, *shown)
     return t
 
 
@@ -131,8 +166,6 @@ def svg(figure) -> str:
 
 
 def plots(result):
-    from matplotlib.figure import Figure
-
     for op in dict.fromkeys(c["op"] for c in result["cells"]):
         cells = [c for c in result["cells"] if c["op"] == op]
         names = list(dict.fromkeys(side for c in cells for side in timed(c)))
@@ -168,20 +201,21 @@ td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}tr.own{font-weight:600;bac
 tr.first td{border-top:1px solid #ccc}"""
 
 
-def html(result) -> str:
+def html(result, old=None) -> str:
     """One file that needs nothing else."""
     body = []
-    for line in rows(result):
+    for line in rows(result, old):
         kind = " ".join(filter(None, ("own" if line[1] == "fusegrad" else "", "first" if line[0] else "")))
         body.append(f'<tr class="{kind}">' + "".join(f"<td>{escape.escape(str(v))}</td>" for v in line) + "</tr>")
-    head = "".join(f"<th>{h}</th>" for h in HEADER)
-    notes = "".join(f"<li>{escape.escape(line)}</li>" for line in footer(result).splitlines())
+    head = "".join(f"<th>{h}</th>" for h in header(old))
+    notes = "".join(f"<li>{escape.escape(line)}</li>" for line in footer(result, old).splitlines())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusegrad bench</title><style>{STYLE}</style>'
         f"<h1>fusegrad bench, {result['machine']['date']}</h1><ul>{notes}</ul>"
-        "<p>Times are medians. GB/s counts each tensor once: forward the arguments and the result, backward the arguments, the incoming "
-        "gradient and the gradients. 100% of copy is a copy of as many bytes, in the same run; more is "
-        "possible where a backward finds in the caches what its forward read, or where stores past the caches beat those of the copy. "
+        "<p>Times are medians. GB/s counts each tensor once: forward the arguments and the result, backward what is kept of the "
+        "arguments, the incoming gradient and the gradients. 100% of copy is a copy of as many bytes, in the same run; more is possible "
+        "where a backward finds in the caches what its forward read, or where results in large pages, or stores past the caches, beat "
+        "those of the copy. "
         "Large results of the sides that use "
         "torch's CPU allocator are in fresh memory, whose page faults are part of their time unless recycled_memory is true.</p>"
         + "".join(plots(result))

@@ -1,7 +1,8 @@
 """Every op of the table beside eager code, torch's own function, torch.compile and the peers that are installed, in one run.
 
 The sides take turns on the same inputs, which rotate through more than the last-level cache; medians and quartiles are quoted, beside
-the speed of a copy of as many bytes in the same run. A side whose result on these very inputs is wrong is not timed.
+the speed of a copy of as many bytes in the same run. A side whose result on these very inputs is wrong is not timed. All figures are
+in a JSON file, which grows cell by cell, and an HTML page.
 
     python bench/run.py                               the whole table
     python bench/run.py --quick --ops rms_norm        a minute's look
@@ -29,9 +30,11 @@ import torch._functorch.config as functorch_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import fusegrad
 from fusegrad._op import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+OUT = Path(__file__).resolve().parent.parent / "out"
 QUICK = ((4, 64), (1024, 1024))
 RECYCLED = dict(MALLOC_MMAP_THRESHOLD_="4294967296", MALLOC_TRIM_THRESHOLD_="9223372036854775807", MALLOC_TOP_PAD_="67108864")
 
@@ -50,10 +53,10 @@ def parse(argv=None):
     parser.add_argument("--quick", action="store_true", help="two small shapes, three rounds")
     parser.add_argument("--recycle", action="store_true", help="memory that is never given back to the system (glibc)")
     parser.add_argument("--host", action="store_true", help="microseconds of a call with (4, 64) inputs")
-    parser.add_argument("--model", action="store_true", help="training steps of small networks")
+    parser.add_argument("--model", action="store_true", help="training steps of small networks, as a table alone")
     parser.add_argument("--compare", type=Path, metavar="OLD.json")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--html", type=Path)
+    parser.add_argument("--json", type=Path, default=OUT / "bench.json", help="default: out/bench.json")
+    parser.add_argument("--html", type=Path, default=OUT / "bench.html", help="default: out/bench.html")
     args = parser.parse_args(argv)
     if args.quick:
         args.shapes, args.rounds = args.shapes or QUICK, 3
@@ -102,43 +105,44 @@ def main():
     args = parse()
     if args.recycle and not all(os.environ.get(k) == v for k, v in RECYCLED.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **RECYCLED})
-    os.environ["FUSEGRAD_STRICT"] = "1"
     torch.set_num_threads(args.threads)
     functorch_config.donated_buffer = False  # a compiled backward is called again on the same graph
     signal.signal(signal.SIGTERM, stop)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if args.model:
         import model
 
         return model.main(args, console)
     installed, absent = sides.peers(args.device)
     result = dict(machine=measure.machine(args), absent=absent, cells=[])
-    cells = [(OPS[name], DTYPES[d], *s) for name in args.ops for d in args.dtypes for s in (args.shapes or OPS[name].shapes)]
+    # The dtypes of a shape one after the other, so that they find the machine in the same state.
+    cells = [(OPS[name], DTYPES[d], *s) for name in args.ops for s in (args.shapes or OPS[name].shapes) for d in args.dtypes]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    interrupted = False
+    interrupted, failed = False, []
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with fusegrad.strict(), Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=len(cells))
             for op, dtype, rows, cols in cells:
-                progress.update(task, description=f"{op.name} {str(dtype)[6:]} {rows}x{cols}")
-                functions = sides.sides_of(op, args.sides, installed)
-                result["cells"].append(measure.measure(op, dtype, rows, cols, functions, args))
-                if args.json:
-                    write(args.json, result)
+                cell = f"{op.name} {str(dtype)[6:]} {rows}x{cols}"
+                progress.update(task, description=cell)
+                try:
+                    result["cells"].append(measure.measure(op, dtype, rows, cols, sides.sides_of(op, args.sides, installed), args))
+                except Exception as error:  # its arguments do not fit into memory, say; the others are measured all the same
+                    failed.append(f"{cell}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                write(args.json, result)
                 progress.advance(task)
     except KeyboardInterrupt:
         interrupted = True
-        if args.json:  # the last cell may not have been
-            write(args.json, result)
-        console.print(f"interrupted: {len(result['cells'])} of {len(cells)} cells were measured")
+        write(args.json, result)  # the last cell may not have been
     console.print(report.host_table(result) if args.host else report.table(result, args.old))
-    console.print(report.footer(result), highlight=False)
-    if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(report.html(result))
+    console.print(report.footer(result, args.old), highlight=False, markup=False)
+    args.html.parent.mkdir(parents=True, exist_ok=True)
+    args.html.write_text(report.html(result, args.old))
+    console.print(*failed, f"{args.json}  {args.html}", sep="\n", highlight=False, markup=False)
     if interrupted:
+        console.print(f"interrupted: {len(result['cells'])} of {len(cells)} cells were measured")
         return 130
-    return any("wrong" in cell["sides"].get("fusegrad", {}) for cell in result["cells"])
+    return bool(failed) or any("wrong" in cell["sides"].get("fusegrad", {}) for cell in result["cells"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The bench: that it measures, refuses what is wrong, keeps what it has, and that the README shows what was measured."""
 
 import importlib
+import io
+import itertools
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 import fusegrad
 from fusegrad._op import OPS
@@ -35,6 +38,16 @@ def bench(*args, code=None, **environment):
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment)
 
 
+def files(path):
+    return "--json", path / "r.json", "--html", path / "r.html"
+
+
+def measured(op, peer):
+    """A small cell with that function beside fusegrad's."""
+    args = SimpleNamespace(device="cpu", seed=0, threads=1, rounds=2)
+    return measure.measure(op, torch.float32, 4, 8, dict(fusegrad=op.functional, peer=peer), args)
+
+
 def positive(value):
     return all(map(positive, value.values())) if isinstance(value, dict) else value > 0
 
@@ -47,24 +60,27 @@ def test_g5_every_figure_of_a_small_run(tmp_path):
     assert {"date", "device", "capability", "threads", "torch", "commit", "seed"} <= result["machine"].keys()
     assert len(result["cells"]) == 2 * len(OPS)
     for cell in result["cells"]:
-        assert {"fusegrad", "eager"} <= cell["sides"].keys() and positive(cell["bytes"]) and positive(cell["copy"])
+        assert {"fusegrad", "eager"} <= cell["sides"].keys() and cell["bytes"]["both"] > 0 and positive(cell["copy"])
         for s in cell["sides"].values():
             assert s.keys() == {"saved", "peak", "forward", "backward", "both"}
-            assert s.pop("saved") >= 0 and positive(s)  # some keep nothing
+            assert s.pop("saved") >= 0  # some keep nothing
+            if cell["bytes"]["forward"] == 0:  # a view
+                assert s["forward"].pop("GB_s") == 0
+            assert positive(s)
             assert all("percent_of_copy" in s[phase] for phase in ("forward", "backward", "both"))
         assert ("native" in cell["sides"]) == (OPS[cell["op"]].torch is not None)
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == len(OPS) and "<script" not in page and "src=" not in page
     assert "geometric mean" in done.stdout and "absent: apex" in done.stdout
     old = tmp_path / "new" / "r.json"
-    again = bench(*QUICK, *own, "--ops", "swiglu", "--compare", old, "--json", old)
-    assert again.returncode == 0 and "over old" in again.stdout
+    again = bench(*QUICK, *own, "--ops", "swiglu", "--compare", old, "--json", old, "--html", tmp_path / "r.html")
+    assert again.returncode == 0 and "over old" in again.stdout and "of 4 times within the quartiles" in again.stdout
     assert len(json.loads(old.read_text())["cells"]) == 2  # written over only after it was read
 
 
 @pytest.mark.slow
-def test_compile_is_a_side():
-    done = bench(*QUICK, "--ops", "swiglu", "--host")
+def test_compile_is_a_side(tmp_path):
+    done = bench(*QUICK, "--ops", "swiglu", "--host", *files(tmp_path))
     assert done.returncode == 0 and "compile" in done.stdout and "forward + backward µs" in done.stdout, done.stderr
 
 
@@ -72,7 +88,7 @@ def test_compile_is_a_side():
 @pytest.mark.rotating(2)
 def test_training_steps():
     done = bench("--model", "--rounds", "3", "--threads", "1")
-    assert done.returncode == 0 and "gpt" in done.stdout and "mlp" in done.stdout, done.stderr
+    assert done.returncode == 0 and "gpt" in done.stdout and "mlp" in done.stdout and "wrong" not in done.stdout, done.stderr
 
 
 BROKEN = """
@@ -88,7 +104,8 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def test_g5_a_broken_kernel_is_not_timed(tmp_path):
-    done = bench(BENCH / "run.py", *QUICK, "--ops", "rms_norm", "--sides", "fusegrad", "eager", "--json", tmp_path / "r.json", code=BROKEN)
+    own = ("--ops", "rms_norm", "--sides", "fusegrad", "eager", *files(tmp_path))
+    done = bench(BENCH / "run.py", *QUICK, *own, code=BROKEN)
     assert done.returncode == 1 and "wrong" in done.stdout, done.stderr
     for cell in json.loads((tmp_path / "r.json").read_text())["cells"]:
         assert "over the budget" in cell["sides"]["fusegrad"]["wrong"] and "both" in cell["sides"]["eager"]
@@ -113,7 +130,17 @@ def test_a_file_to_compare_with_that_is_not_there_or_another():
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
     path = tmp_path / "r.json"
     shapes = [f"{n}x64" for n in range(4, 400)]
-    command = [sys.executable, str(BENCH / "run.py"), "--ops", "swiglu", "--sides", "fusegrad", "--shapes", *shapes, "--json", str(path)]
+    command = [
+        sys.executable,
+        str(BENCH / "run.py"),
+        "--ops",
+        "swiglu",
+        "--sides",
+        "fusegrad",
+        "--shapes",
+        *shapes,
+        *map(str, files(tmp_path)),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         start = time.monotonic()
         while not path.exists() and time.monotonic() - start < 60:
@@ -137,8 +164,9 @@ sys.exit(run.main())
 
 
 def test_an_interruption_between_a_cell_and_its_writing_loses_nothing(tmp_path):
-    done = bench(*QUICK, "--ops", "swiglu", "--sides", "fusegrad", "--json", tmp_path / "r.json", code=INTERRUPTED)
+    done = bench(*QUICK, "--ops", "swiglu", "--sides", "fusegrad", *files(tmp_path), code=INTERRUPTED)
     assert done.returncode == 130 and "interrupted: 1 of 2 cells" in done.stdout, done.stderr
+    assert (tmp_path / "r.html").exists()
     assert len(json.loads((tmp_path / "r.json").read_text())["cells"]) == 1
 
 
@@ -168,13 +196,60 @@ def test_a_peer_that_is_wrong_is_refused(dtype):
 
 
 def test_a_side_that_raises_is_refused_and_the_others_are_timed():
-    def raises(gate):
+    def raises(**kwargs):
         raise ValueError("no gradient here\nand more")
 
-    args = SimpleNamespace(device="cpu", seed=0, threads=1, rounds=2)
-    peers = dict(fusegrad=fusegrad.functional.swiglu, peer=raises)
-    cell = measure.measure(OPS["swiglu"], torch.float32, 4, 8, peers, args)
-    assert cell["sides"]["peer"] == dict(wrong="ValueError: no gradient here") and positive(cell["sides"]["fusegrad"])
+    for op in (OPS["swiglu"], OPS["dropout"]):  # of the second one, which draws, other sides' values are not looked at
+        cell = measured(op, raises)
+        own = cell["sides"]["fusegrad"]
+        assert cell["sides"]["peer"] == dict(wrong="ValueError: no gradient here") and own.pop("saved") >= 0 and positive(own)
+
+
+def test_a_side_that_raises_while_it_is_timed():
+    calls = itertools.count()
+
+    def raises(gate):
+        if next(calls) == 8:
+            raise RuntimeError("one [/more]")
+        return fusegrad.functional.swiglu(gate)
+
+    cell = measured(OPS["swiglu"], raises)
+    assert cell["sides"]["peer"] == dict(wrong="RuntimeError: one [/more]") and positive(cell["sides"]["fusegrad"])
+    result = dict(machine=dict(last_level_cache_MB=1, date="today"), absent={}, cells=[cell])
+    assert "swiglu float32 4x8 peer (RuntimeError: one [/more])" in report.footer(result)
+    Console(file=io.StringIO()).print(report.table(result), report.host_table(result))
+
+
+def test_a_cell_that_cannot_be_measured_is_named_and_the_others_are(tmp_path):
+    huge = f"4x{2**50}"
+    done = bench(
+        "--rounds", "1", "--ops", "swiglu", "--sides", "fusegrad", "--dtypes", "float32", "--shapes", huge, "4x8", *files(tmp_path)
+    )
+    assert done.returncode == 1 and f"swiglu float32 {huge}: RuntimeError" in done.stdout, done.stderr
+    assert [cell["cols"] for cell in json.loads((tmp_path / "r.json").read_text())["cells"]] == [8]
+    assert (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    "op, forward, backward",
+    (("swiglu", 3, 5), ("dropout", 2, 2), ("bias_dropout_add", 3, 2), ("add_rms_norm", 4, 4), ("grad_reverse", 0, 2), ("softmax", 2, 3)),
+)
+def test_bytes_that_must_move(op, forward, backward):
+    """In tensors of 100 x 300 numbers; parameters and what is kept of a row are little beside them."""
+    call = measure.prepare(OPS[op], torch.float32, 100, 300, "cpu", 0)
+    moved = measure.bytes_moved(OPS[op], call)
+    halves = 0.5 if op == "swiglu" else 1  # of a gate and up in one
+    tensor = max(t.nbytes for t in call.tensors()) * halves
+    assert [moved[phase] / tensor for phase in ("forward", "backward")] == pytest.approx([forward, backward], abs=0.05)
+    assert moved["both"] == moved["forward"] + moved["backward"]
+
+
+@pytest.mark.parametrize("size", (1, 10**6, 10**7, 10**9))
+def test_inputs_rotate_through_more_than_the_last_level_cache(size):
+    cache = measure.last_level_cache("cpu", 2)
+    assert cache >= 2**20 and measure.last_level_cache("cpu", 1) <= cache
+    assert measure.sets_of(size, cache) * size > cache or measure.sets_of(size, cache) == measure.MOST_SETS
+    assert measure.sets_of(size, cache) * size < 2 * cache + size
 
 
 def test_the_results_shown_are_the_longest_of_the_last_day_on_a_cpu(tmp_path, monkeypatch):
@@ -203,15 +278,27 @@ def test_the_tables_shown_are_of_the_newest_results():
 
 def test_summary():
     def side(seconds):
-        return dict(both=dict(median=seconds, low=seconds, high=seconds))
+        figures = dict(median=seconds, low=seconds, high=seconds)
+        return dict(forward=figures, both=figures)
 
-    def cell(dtype, seconds):
+    def cell(dtype, seconds, gemm=False):
         own = dict(fusegrad=side(seconds), eager=side(4.0), native=dict(wrong="too far off"))
-        return dict(op="a", dtype=dtype, rows=1, cols=1, rotated_bytes=10, copy=side(1.0), sides=own)
+        return dict(op="a", dtype=dtype, rows=1, cols=1, gemm=gemm, rotated_bytes=10, copy=side(1.0), sides=own)
 
-    cells = [cell("float32", 1.0), cell("bfloat16", 4.0)]
-    found = report.summary(dict(cells=cells, machine=dict(last_level_cache_MB=0)))
-    assert found == dict(ratio=0.5, above=["a bfloat16 1x1: 1.00"], of_copy=2.0, cells=2, large_cells=2, bfloat16_slower=["a bfloat16 1x1"])
+    result = dict(cells=[cell("float32", 1.0), cell("bfloat16", 4.00001)], machine=dict(last_level_cache_MB=0))
+    found = report.summary(result)
+    assert (found.pop("ratio"), found.pop("of_copy")) == pytest.approx((0.5, 2.0), rel=1e-4)
+    assert found == dict(
+        above=["a bfloat16 1x1: 1.00"],
+        cells=2,
+        large_cells=2,
+        bfloat16_slower=["a bfloat16 1x1"],
+        host=["a bfloat16 1x1: 4000010 against 4000000"],
+        wrong=["a float32 1x1 native (too far off)", "a bfloat16 1x1 native (too far off)"],
+    )
+    assert not report.summary(result | dict(cells=[cell("float32", 1.0), cell("bfloat16", 4.0, gemm=True)]))["bfloat16_slower"]
+    old = dict(cells=[cell("float32", 2.0)])
+    assert report.over_old(result, old) == {("a float32 1x1", "fusegrad"): (0.5, False), ("a float32 1x1", "eager"): (1.0, True)}
 
 
 def scalar(code):
