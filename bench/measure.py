@@ -184,18 +184,20 @@ def spread(times) -> dict:
 class Clock:
     """Seconds of one call of a function of no arguments: n calls at a time, on the clock of the device.
 
-    The timer is the one beneath `torch.utils.benchmark.Timer`, which itself makes two calls before each turn: of calls that are as
-    long as a turn, two thirds of the time."""
+    Each turn begins with a call that is not timed, after which results lie where the side's own last ones did, as in a training loop:
+    else a side would write to memory that the one before it has just freed, and has in the caches (mse_loss backward, float32, 4096 x
+    1024: 1.3 times the time of torch.compile, whose turn was after that of another side with torch's allocator; 0.96 alone). The timer
+    is the one beneath `torch.utils.benchmark.Timer`, which itself makes more such calls."""
 
     def __init__(self, step, device, least=2e-3):
         self.step, self.device = step, device
         self.timer = timeit.Timer(step)
-        step()
         once = self.seconds(1)
         self.n = max(1, min(10_000, int(least / max(once, 1e-7))))
 
     def seconds(self, n=None):
         n = n or self.n
+        self.step()
         if self.device != "cuda":
             return self.timer.timeit(n) / n
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,5 +1,6 @@
 #include "channel_norm.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/sum.h>
@@ -243,6 +244,18 @@ class GroupRows {
   }
   GroupRows(const Tensor& x, int64_t groups) : x_(x), groups_(groups), cols_(x.numel() / (x.size(0) * groups)) {}
 
+  // Calls f(group). The rows of one group may be too few for two threads.
+  template <class F>
+  void for_groups(const F& f) const {
+    const auto some = [&](int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView views_without_a_graph;  // of this thread
+      for (int64_t g = begin; g < end; ++g) f(g);
+    };
+    if (x_.is_cpu() && !kEmulated)
+      at::parallel_for(0, groups_, std::max<int64_t>(1, kGrain / (x_.size(0) * cols_)), some);
+    else
+      some(0, groups_);
+  }
   Tensor of(const Tensor& t, int64_t group) const {
     return t.as_strided({t.size(0), cols_}, {t.stride(0), 1}, t.storage_offset() + group * cols_);
   }
@@ -255,6 +268,7 @@ class GroupRows {
   Tensor channels(const Tensor& columns) const { return columns.view({x_.size(1), plane(x_)}).sum(1); }
 
  private:
+  static constexpr int64_t kGrain = 32768;
   const Tensor& x_;
   int64_t groups_, cols_;
 
@@ -266,7 +280,7 @@ void group_rows_fwd(const char* op, const Tensor& x, const OptTensor& w, const O
   using F = GroupNormFwd;
   const GroupRows rows(x, groups);
   const OptTensor ws = rows.columns(w), bs = rows.columns(b);
-  for (int64_t g = 0; g < groups; ++g) {
+  rows.for_groups([&](int64_t g) {
     const Tensor of_x = rows.of(x, g);
     Frame frame(op, of_x, "input", 1, 2);
     RowArgs<F> args{{{}, channel, given(b)}};
@@ -276,7 +290,7 @@ void group_rows_fwd(const char* op, const Tensor& x, const OptTensor& w, const O
     frame.out(args.out[F::kY], rows.of(y, g));
     for (int i : {F::kMean, F::kVar}) frame.per_row(args.scalar_out[i], stats[i].select(1, g), "statistics");
     run(frame, args);
-  }
+  });
 }
 
 // The sums over the samples of each channel, where they are needed: [C] of dz h and of dz.
@@ -287,7 +301,7 @@ std::array<Tensor, 2> group_rows_bwd(const char* op, const Tensor& dy, const Ten
   const GroupRows rows(x, groups);
   const OptTensor ws = rows.columns(w), bs = rows.columns(b);
   const Tensor sums[] = {dw ? rows.columns() : Tensor(), db ? rows.columns() : Tensor()};
-  for (int64_t g = 0; g < groups; ++g) {
+  rows.for_groups([&](int64_t g) {
     const Tensor of_x = rows.of(x, g);
     Frame frame(op, of_x, "input", 1, 2);
     RowArgs<B> args{{{}, channel, given(b)}};
@@ -301,7 +315,7 @@ std::array<Tensor, 2> group_rows_bwd(const char* op, const Tensor& dy, const Ten
     for (int i : {B::kDw, B::kDb})
       if (sums[i].defined()) args.col_out[i] = sums[i][g].mutable_data_ptr();
     run(frame, args);
-  }
+  });
   return {dw ? rows.channels(sums[B::kDw]) : Tensor(), db ? rows.channels(sums[B::kDb]) : Tensor()};
 }
 
