@@ -184,10 +184,9 @@ def spread(times) -> dict:
 class Clock:
     """Seconds of one call of a function of no arguments: n calls at a time, on the clock of the device.
 
-    Each turn begins with a call that is not timed, after which results lie where the side's own last ones did, as in a training loop:
-    else a side would write to memory that the one before it has just freed, and has in the caches (mse_loss backward, float32, 4096 x
-    1024: 1.3 times the time of torch.compile, whose turn was after that of another side with torch's allocator; 0.96 alone). The timer
-    is the one beneath `torch.utils.benchmark.Timer`, which itself makes more such calls."""
+    Each turn begins with a call that is not timed: a side's results shall lie where its own last ones did, as in a training loop, and not
+    in memory that the side before it has just freed and has in the caches. The timer is the one beneath `torch.utils.benchmark.Timer`,
+    which itself makes more such calls."""
 
     def __init__(self, step, device, least=2e-3):
         self.step, self.device = step, device

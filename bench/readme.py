@@ -22,17 +22,37 @@ def newest():
     return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path]["cells"])))
 
 
-def above(cells):
-    """The cells that are not won, by op, folded away."""
-    found = {}
+def shape(cell):
+    return f"{cell['rows']} × {cell['cols']}"
+
+
+def folded(title, head, lines):
+    """A table behind its title; nothing if it has no lines."""
+    if lines:
+        rule = "|".join("---" for _ in head)
+        yield from ("", f"<details><summary>{title}</summary>", "", f"| {' | '.join(head)} |", f"|{rule}|")
+        yield from (f"| {' | '.join(line)} |" for line in lines)
+        yield from ("", "</details>")
+
+
+def short(cells):
+    """What falls short, by op: cells that are not won, host costs; and the sides that cells were not compared with."""
+    above, host, refused = {}, {}, {}
     for cell in cells:
         if (ratio := report.ratio(cell) or 0) > 0.95:
-            of = found.setdefault(cell["op"], dict(float32=[], bfloat16=[]))
-            of.setdefault(cell["dtype"], []).append(f"{cell['rows']} × {cell['cols']}: {ratio:.2f}")
-    if found:
-        yield from ("", "<details><summary>The cells above 0.95</summary>", "", "| op | float32 | bfloat16 |", "|---|---|---|")
-        yield from (f"| {op} | {', '.join(of['float32'])} | {', '.join(of['bfloat16'])} |" for op, of in found.items())
-        yield from ("", "</details>")
+            above.setdefault(cell["op"], {}).setdefault(cell["dtype"], []).append(f"{shape(cell)}: {ratio:.2f}")
+        if (found := report.host_cost(cell)) and found[0] > found[1] + report.HOST_MARGIN:
+            host.setdefault(cell["op"], {})[cell["dtype"]] = f"{found[0]:.0f} against {found[1]:.0f}"
+        for side, s in cell["sides"].items():
+            if "wrong" in s:
+                refused.setdefault((cell["op"], side, s["wrong"].partition(": relative")[0]), []).append(f"{cell['dtype']} {shape(cell)}")
+    dtypes = ("float32", "bfloat16")
+    title = "The cells above 0.95"
+    yield from folded(title, ("op", *dtypes), [(op, *(", ".join(of.get(d, ())) for d in dtypes)) for op, of in above.items()])
+    title = f"Forward of 4 × 64 more than {report.HOST_MARGIN} µs above the better of eager code and torch's own function"
+    yield from folded(title, ("op", *(f"{d}, µs" for d in dtypes)), [(op, *(of.get(d, "") for d in dtypes)) for op, of in host.items()])
+    title = "Sides that were not timed, as their result is wrong"
+    yield from folded(title, ("op", "side", "what", "cells"), [(*key, ", ".join(where)) for key, where in refused.items()])
 
 
 def render(path, ops=()) -> str:
@@ -56,7 +76,7 @@ def render(path, ops=()) -> str:
         worst = max(cells, key=report.ratio)
         large = report.geometric_mean(100 / report.of_copy(c) for c in cells if report.from_memory(c, m))
         shown = [f"{value:.2f}" if value == value else "" for value in means]
-        shown.append(f"{worst['dtype']} {worst['rows']} × {worst['cols']}: {report.ratio(worst):.2f}")
+        shown.append(f"{worst['dtype']} {shape(worst)}: {report.ratio(worst):.2f}")
         lines.append("| " + " | ".join([op, *shown, f"{large:.0f}" if large == large else ""]) + " |")
     if ops:
         return "\n".join(lines) + "\n"
@@ -65,7 +85,7 @@ def render(path, ops=()) -> str:
         "",
         f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells, of which {len(s['above'])} are above 0.95.",
         f"{large if s['large_cells'] else ''}All figures: `bench/results/{path.name}`.",
-        *above(result["cells"]),
+        *short(result["cells"]),
     ]
     return "\n".join(lines) + "\n"
 

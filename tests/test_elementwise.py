@@ -130,6 +130,15 @@ def test_grad_reverse_twice_differentiated():
     torch.testing.assert_close(torch.autograd.grad(g.sum(), x)[0], torch.full_like(x, 8.0))
 
 
+def test_grad_reverse_reference_under_compile():
+    """A hook on what is no input of the compiled function would be dropped, without a word."""
+    x, v = draw(5), torch.randn(5, dtype=F64)
+    compiled = torch.compile(lambda x: fused.grad_reverse(x.sin(), 0.5), backend="aot_eager", fullgraph=True)
+    with fusegrad.use_reference():
+        (g,) = torch.autograd.grad(compiled(x), x, v)
+    torch.testing.assert_close(g, -0.5 * v * x.detach().cos())
+
+
 # --- gated units ---------------------------------------------------------------------------------------------------------------
 
 

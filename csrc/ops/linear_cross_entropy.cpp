@@ -105,12 +105,14 @@ void multiply_bfloat16(const Tensor& out, const Tensor& a, const Tensor& b, bool
 
 // Takes `rounded` from the values that it is of, and makes it what is left of them, rounded.
 void to_rest(const Tensor& rounded, const Tensor& values) {
-  auto* const y = rounded.data_ptr<at::BFloat16>();
+  auto* const y = reinterpret_cast<uint16_t*>(rounded.data_ptr<at::BFloat16>());  // as bits, which every compiler takes in vectors
   float* const x = values.data_ptr<float>();
   at::parallel_for(0, values.numel(), 32768, [&](int64_t begin, int64_t end) {
+#pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
-      const float rest = x[i] - float(y[i]);
-      y[i] = x[i] = std::isfinite(rest) ? rest : 0;
+      const float rest = x[i] - c10::detail::f32_from_bits(y[i]);
+      x[i] = std::isfinite(rest) ? rest : 0;
+      y[i] = c10::detail::round_to_nearest_even(x[i]);
     }
   });
 }

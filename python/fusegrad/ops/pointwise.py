@@ -214,7 +214,7 @@ class Cube(torch.nn.Module):
 
 
 def grad_reverse_reference(x: Tensor, alpha: float) -> Tensor:
-    if is_traced():  # which keeps no hook
+    if is_traced() or torch.compiler.is_compiling():  # which keep no hook
         turned = scale_reference(x, -alpha)
         return x.detach() + (turned - turned.detach())
     y = x.view_as(x)
