@@ -61,6 +61,13 @@ def machine(args) -> dict:
     )
 
 
+def code_is_that_of(commit) -> bool:
+    """Whether all that figures depend on is as it was committed then."""
+    root = Path(__file__).resolve().parent.parent
+    changes = ("git", "diff", "--quiet", commit, "--", "csrc", "python", "setup.py", "bench/*.py")
+    return bool(commit) and not subprocess.run(changes, capture_output=True, cwd=root).returncode
+
+
 @dataclass
 class Call:
     """One set of arguments: the leaves that gradients are taken of, by name, and the incoming gradients."""

@@ -9,6 +9,7 @@ in a JSON file, which grows cell by cell, and an HTML page.
     python bench/run.py --host                        what a call costs before it computes anything
     python bench/run.py --model                       whole training steps
     python bench/run.py --compare old.json            beside an older run
+    python bench/run.py --resume                      go on with one that was interrupted
 
 --recycle runs it with memory that malloc never gives back to the system: without it the sides that take large results from torch's
 CPU allocator spend much of their time on page faults, which fusegrad's pool avoids; with it none does.
@@ -55,6 +56,7 @@ def parse(argv=None):
     parser.add_argument("--host", action="store_true", help="microseconds of a call with (4, 64) inputs")
     parser.add_argument("--model", action="store_true", help="training steps of small networks, as a table alone")
     parser.add_argument("--compare", type=Path, metavar="OLD.json")
+    parser.add_argument("--resume", action="store_true", help="keep what --json holds of this code and machine, add the rest")
     parser.add_argument("--json", type=Path, default=OUT / "bench.json", help="default: out/bench.json")
     parser.add_argument("--html", type=Path, default=OUT / "bench.html", help="default: out/bench.html")
     args = parser.parse_args(argv)
@@ -97,6 +99,19 @@ def write(path, result):
     part.replace(path)
 
 
+def resumed(path, result) -> dict:
+    """What an earlier run has measured, where this one would go on as that one did."""
+    if not path.exists():
+        return result
+    old, new = json.loads(path.read_text()), result["machine"]
+    for k, v in old["machine"].items():
+        if k not in ("date", "commit") and new.get(k) != v:
+            sys.exit(f"--resume: {path} was measured with {k} {v}, this run is with {new.get(k)}")
+    if not measure.code_is_that_of(old["machine"]["commit"]):
+        sys.exit(f"--resume: {path} was measured at commit {old['machine']['commit'] or 'unknown'}, and the code is not the same since")
+    return old
+
+
 def stop(*_):
     raise KeyboardInterrupt
 
@@ -115,6 +130,9 @@ def main():
         return model.main(args, console)
     installed, absent = sides.peers(args.device)
     result = dict(machine=measure.machine(args), absent=absent, cells=[])
+    if args.resume:
+        result = resumed(args.json, result)
+    done = {(c["op"], DTYPES[c["dtype"]], c["rows"], c["cols"]) for c in result["cells"]}
     # The dtypes of a shape one after the other, so that they find the machine in the same state.
     cells = [(OPS[name], DTYPES[d], *s) for name in args.ops for s in (args.shapes or OPS[name].shapes) for d in args.dtypes]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -123,6 +141,9 @@ def main():
         with fusegrad.strict(), Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=len(cells))
             for op, dtype, rows, cols in cells:
+                if (op.name, dtype, rows, cols) in done:
+                    progress.advance(task)
+                    continue
                 cell = f"{op.name} {str(dtype)[6:]} {rows}x{cols}"
                 progress.update(task, description=cell)
                 try:

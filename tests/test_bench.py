@@ -170,6 +170,31 @@ def test_an_interruption_between_a_cell_and_its_writing_loses_nothing(tmp_path):
     assert len(json.loads((tmp_path / "r.json").read_text())["cells"]) == 1
 
 
+def test_an_interrupted_run_goes_on(tmp_path):
+    command = ("--rounds", "2", "--threads", "1", "--dtypes", "float32", "--ops", "swiglu", "--sides", "fusegrad", *files(tmp_path))
+    same = "import sys, measure, run; measure.code_is_that_of = lambda commit: True; sys.exit(run.main())"
+    assert bench(*command, "--shapes", "4x64", "--resume").returncode == 0  # nothing to go on with
+    first = json.loads((tmp_path / "r.json").read_text())
+    done = bench(*command, "--shapes", "4x64", "33x40", "--resume", code=same)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert done.returncode == 0, done.stderr
+    assert result["machine"] == first["machine"] and result["cells"][:1] == first["cells"] and len(result["cells"]) == 2
+
+    changed = bench(*command, "--shapes", "4x64", "--resume", code=same.replace("True", "False"))
+    other = bench(*command, "--shapes", "4x64", "--resume", "--seed", "3", code=same)
+    assert changed.returncode and "the code is not the same since" in changed.stderr
+    assert other.returncode and "was measured with seed 0, this run is with 3" in other.stderr
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+
+
+def test_code_is_that_of_a_commit():
+    git = ("git", "-C", str(BENCH))
+    head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True).stdout.strip()
+    clean = not subprocess.run((*git, "diff", "--quiet", "HEAD", "--", "../csrc", "../python", "../setup.py", "*.py")).returncode
+    assert measure.code_is_that_of(head) == bool(head and clean)
+    assert not measure.code_is_that_of("") and not measure.code_is_that_of("0" * 40)
+
+
 def test_peers(tmp_path, monkeypatch):
     """One that is installed is a side of the ops it has; one that is not is listed with the reason."""
     (tmp_path / "quack.py").write_text(

@@ -43,7 +43,9 @@ class AcrossCpu {
     const int64_t wanted = kOneWalk ? kMost : std::min({kMost, kNear / bytes, lanes * outer / kLeast});
     tile = std::max<int64_t>(1, wanted / kChunk) * kChunk;
     tiles = (lanes + tile - 1) / tile;
-    per_piece = kOneWalk && Op::col_out == 0 ? std::max<int64_t>(1, kWork / std::min(tile, std::max<int64_t>(1, lanes))) : cols;
+    per_piece = kOneWalk && Op::col_out == 0
+                    ? std::min(cols, std::max<int64_t>(1, kWork / std::min(tile, std::max<int64_t>(1, lanes))))
+                    : cols;
     pieces = per_piece ? (cols + per_piece - 1) / per_piece : 1;
     units = outer * tiles * pieces;
     past = Op::out > 0 && beyond_caches(args.extent.rows * cols * int64_t(sizeof(T)) * (Op::in + Op::out));

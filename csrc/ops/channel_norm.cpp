@@ -36,7 +36,7 @@ class Walk {
       }
     if (batch && all && (x.stride(1) == 1 || l_ == 1))
       kind_ = kSamples, axes_ = "c", sizes_ = {c_, n_ * l_};
-    else if (batch && joined_ && l_ < kShort && n_ > l_ && (l_ == 1 || x.stride(1) == l_ * step(x)))
+    else if (batch && joined_ && l_ < kShort && (l_ == 1 || x.stride(1) == l_ * step(x)))
       kind_ = kShortPlanes, axes_ = "cl", sizes_ = {c_, l_, n_};
     else if (joined_)
       axes_ = "nc", sizes_ = {n_, c_, l_};
@@ -83,8 +83,11 @@ class Walk {
     return at::empty(sizes, wide_options(x_));
   }
   Tensor cell_values(const Tensor& cells, int64_t i, int64_t first, int64_t count) const {
-    const Tensor t = cells.select(0, i).narrow(-1, first, count).movedim(-1, 0);
-    return swapped() ? t.transpose(1, 2) : t;
+    at::DimVector sizes{count}, strides{1};
+    sizes.append(sizes_.begin(), sizes_.end() - 1);
+    strides.append(cells.strides().begin() + 1, cells.strides().end() - 1);
+    if (swapped()) std::swap(strides[1], strides[2]);
+    return cells.as_strided(sizes, strides, i * cells.stride(0) + first);
   }
   const char* op() const { return op_; }
   const Tensor& x() const { return x_; }
@@ -220,7 +223,7 @@ void for_samples(const Tensor& x, int64_t groups, const F& f) {
   for (int64_t i = 0; i < n || i == 0; i += some) f(i, std::min(some, n - i));
 }
 OptTensor narrow(const OptTensor& t, int64_t dim, int64_t first, int64_t count) {
-  return given(t) ? OptTensor(t->narrow(dim, first, count)) : t;
+  return given(t) && count < t->size(dim) ? OptTensor(t->narrow(dim, first, count)) : t;
 }
 
 // Groups as rows: where a group's channels lie next to each other and are too short to be rows of their own. A kernel for each
@@ -343,7 +346,7 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
   }
   for_samples(x, groups, [&](int64_t first, int64_t count) {
     using F = ChannelNormFwd;
-    const Tensor some = x.narrow(0, first, count), y_some = y.narrow(0, first, count);
+    const Tensor some = *narrow(x, 0, first, count), y_some = *narrow(y, 0, first, count);
     const OptTensor r_some = narrow(r, 0, first, count), found = groups ? narrow(stats, 1, first, count) : stats;
     const Walk walk(op, some, !groups, {r_some, y_some});
     if (given(found)) statistics(groups ? Walk(op, Walk::groups_as_channels(some, groups), false, {}) : walk, *found);
@@ -391,11 +394,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
   if (groups && given(w)) weights = w->to(sums.scalar_type());
 
   for_samples(x, groups, [&](int64_t first, int64_t count) {
-    const Tensor some = x.narrow(0, first, count), dy_some = dy.narrow(0, first, count);
+    const Tensor some = *narrow(x, 0, first, count), dy_some = *narrow(dy, 0, first, count);
     const OptTensor r_some = narrow(r, 0, first, count), dx_some = narrow(dx, 0, first, count),
                     dr_some = narrow(dr, 0, first, count);
     const Walk walk(op, some, !groups, {r_some, dy_some, dx_some, dr_some});
-    const auto of = [&](const Tensor& t) { return groups ? per_channel(t.narrow(0, first, count), c) : t; };
+    const auto of = [&](const Tensor& t) { return groups ? per_channel(*narrow(t, 0, first, count), c) : t; };
     const Tensor of_mean = of(mean), of_var = of(var);
     Tensor g;  // [2, N, C], or [2, C] without groups: what the sets add up to
     if (summed) {
@@ -417,7 +420,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
         run(frame, args);
       });
       const int64_t channels = groups ? count * c : c;
-      g = groups ? sums.narrow(1, first, count) : sums;
+      g = groups ? *narrow(sums, 1, first, count) : sums;
       const Tensor by_channel = cells.view({2, channels, channels ? cells.numel() / (2 * channels) : 0});
       by_channel.size(2) == 1 ? void(g.copy_(by_channel.view(g.sizes()))) : totals(op, by_channel, g);
       if (groups && through_sets) {
