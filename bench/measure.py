@@ -120,8 +120,7 @@ def saved_bytes(f, call) -> int:
     storages = {}
 
     def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()  # and keeps none: a result would hold itself for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         call.forward(f)
