@@ -64,17 +64,21 @@ def parse(argv=None):
         args.shapes, args.rounds = args.shapes or QUICK, 3
     if args.host:
         args.shapes = ((4, 64),)
-    args.old = None
-    if args.compare:  # now, as --json may overwrite it
-        if not args.compare.is_file():
-            parser.error(f"--compare: there is no file {args.compare}")
-        with contextlib.suppress(ValueError):
-            args.old = json.loads(args.compare.read_text())
-        if not isinstance(args.old, dict) or "cells" not in args.old:
-            parser.error(f"--compare: {args.compare} is not what --json writes")
+    if args.compare and not args.compare.is_file():
+        parser.error(f"--compare: there is no file {args.compare}")
+    args.old = read("--compare", args.compare, parser) if args.compare else None  # now, as --json may overwrite it
+    args.begun = read("--resume", args.json, parser) if args.resume and args.json.exists() else None
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     return args
+
+
+def read(option, path, parser) -> dict:
+    with contextlib.suppress(ValueError):
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and {"machine", "cells"} <= result.keys():
+            return result
+    parser.error(f"{option}: {path} is not what --json writes")
 
 
 def positive(text):
@@ -99,17 +103,13 @@ def write(path, result):
     part.replace(path)
 
 
-def resumed(path, result) -> dict:
-    """What an earlier run has measured, where this one would go on as that one did."""
-    if not path.exists():
-        return result
-    old, new = json.loads(path.read_text()), result["machine"]
-    for k, v in old["machine"].items():
+def check_same(path, old, new):
+    """Ends a run that would not go on as the one before it did: their machine lines say how."""
+    for k, v in old.items():
         if k not in ("date", "commit") and new.get(k) != v:
             sys.exit(f"--resume: {path} was measured with {k} {v}, this run is with {new.get(k)}")
-    if not measure.code_is_that_of(old["machine"]["commit"]):
-        sys.exit(f"--resume: {path} was measured at commit {old['machine']['commit'] or 'unknown'}, and the code is not the same since")
-    return old
+    if not measure.code_is_that_of(old["commit"]):
+        sys.exit(f"--resume: {path} was measured at commit {old['commit'] or 'unknown'}, and the code is not the same since")
 
 
 def stop(*_):
@@ -130,8 +130,9 @@ def main():
         return model.main(args, console)
     installed, absent = sides.peers(args.device)
     result = dict(machine=measure.machine(args), absent=absent, cells=[])
-    if args.resume:
-        result = resumed(args.json, result)
+    if args.begun:
+        check_same(args.json, args.begun["machine"], result["machine"])
+        result = args.begun
     done = {(c["op"], DTYPES[c["dtype"]], c["rows"], c["cols"]) for c in result["cells"]}
     # The dtypes of a shape one after the other, so that they find the machine in the same state.
     cells = [(OPS[name], DTYPES[d], *s) for name in args.ops for s in (args.shapes or OPS[name].shapes) for d in args.dtypes]

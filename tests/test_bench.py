@@ -186,6 +186,10 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert other.returncode and "was measured with seed 0, this run is with 3" in other.stderr
     assert json.loads((tmp_path / "r.json").read_text()) == result
 
+    (tmp_path / "r.json").write_text("{")
+    done = bench(*command, "--shapes", "4x64", "--resume")
+    assert done.returncode == 2 and "is not what --json writes" in done.stderr
+
 
 def test_code_is_that_of_a_commit():
     git = ("git", "-C", str(BENCH))
