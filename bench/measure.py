@@ -191,18 +191,21 @@ class Clock:
     """Seconds of one call of a function of no arguments: n calls at a time, on the clock of the device.
 
     Each turn begins with a call that is not timed: a side's results shall lie where its own last ones did, as in a training loop, and not
-    in memory that the side before it has just freed and has in the caches. The timer is the one beneath `torch.utils.benchmark.Timer`,
-    which itself makes more such calls."""
+    in memory that the side before it has just freed and has in the caches. A call so long that no cache can matter to it goes without.
+    The timer is the one beneath `torch.utils.benchmark.Timer`, which itself makes more such calls."""
+
+    LONG = 0.2  # seconds
 
     def __init__(self, step, device, least=2e-3):
         self.step, self.device = step, device
-        self.timer = timeit.Timer(step)
+        self.timer, self.long = timeit.Timer(step), False
         once = self.seconds(1)
-        self.n = max(1, min(10_000, int(least / max(once, 1e-7))))
+        self.n, self.long = max(1, min(10_000, int(least / max(once, 1e-7)))), once > self.LONG
 
     def seconds(self, n=None):
         n = n or self.n
-        self.step()
+        if not self.long:
+            self.step()
         if self.device != "cuda":
             return self.timer.timeit(n) / n
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -214,8 +217,9 @@ class Clock:
         return start.elapsed_time(end) / 1e3 / n
 
 
-def steps_of(f, calls, phase):
-    """A function of no arguments that does the phase on the next set of arguments."""
+def steps_of(f, calls, phase, graphs=MOST_SETS):
+    """A function of no arguments that does the phase on the next set of arguments, of which backward takes the first ones."""
+    calls = calls[:graphs] if phase == "backward" else calls
     turn = itertools.cycle(range(len(calls)))
     if phase == "backward":
         graphs = [call.forward(f) for call in calls]
@@ -273,7 +277,8 @@ def measure(op, dtype, rows, cols, sides, args) -> dict:
 
     def clock(name, phase):
         at = order.index(name) * sets // len(order)  # no side finds in the caches what the one before it has read
-        return Clock(steps_of(sides[name], calls[at:] + calls[:at], phase), args.device)
+        graphs = sets_of(max(size, cell["sides"][name]["saved"]), cache)  # some keep more than their arguments
+        return Clock(steps_of(sides[name], calls[at:] + calls[:at], phase, graphs), args.device)
 
     for phase in PHASES:
         clocks = of_those_that_work(clock, phase)
