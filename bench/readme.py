@@ -80,11 +80,13 @@ def render(path, ops=()) -> str:
         lines.append("| " + " | ".join([op, *shown, f"{large:.0f}" if large == large else ""]) + " |")
     if ops:
         return "\n".join(lines) + "\n"
+    slower = ", ".join(s["bfloat16_slower"]).replace(" bfloat16", "")
     large = f"Time over that of a copy, for the {s['large_cells']} cells whose inputs\ncome from memory: {s['of_copy']:.2f}. "
     lines += [
         "",
         f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells, of which {len(s['above'])} are above 0.95.",
         f"{large if s['large_cells'] else ''}All figures: `bench/results/{path.name}`.",
+        f"bfloat16 takes longer than float32, beyond the spread, in: {slower or 'no cell'}.",
         *short(result["cells"]),
     ]
     return "\n".join(lines) + "\n"
