@@ -61,6 +61,16 @@ def test_orders_of_derivative(name):
     torch.testing.assert_close(torch.autograd.grad(g, v, weights[3])[0], weights[3] * formulas[1](x))
 
 
+def test_exp_over_its_whole_range():
+    """To two units in the last place, of subnormal results too; beyond the ends 0 and infinity."""
+    ends = torch.tensor([-torch.inf, -1e30, 1e30, torch.inf, torch.nan])
+    x = torch.cat([torch.linspace(-110, 95, 200_003, dtype=F64).float(), ends])
+    y, exact = fused.exp(x), torch.exp(x.double())
+    unit = (exact * torch.finfo(torch.float32).eps).clamp_min(2.0**-149)
+    assert ((y == exact.float()) | ((y - exact).abs() <= 2 * unit) | (y.isnan() & x.isnan())).all()
+    assert not y[x < -104].any() and y[x > 89].isinf().all()
+
+
 def test_what_the_smallest_ops_save():
     x = draw(6, 7)
     assert saved_by(lambda: fused.scale(x, 3.0))[0] == {} == saved_by(lambda: fused.grad_reverse(x))[0]

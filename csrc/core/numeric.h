@@ -81,6 +81,11 @@ template <class S>
 FUSEGRAD_FN if_scalar<S> larger(S a, S b) {
   return a != a || a > b ? a : b;
 }
+// The larger of two numbers; beside a NaN, either of the two. It takes half the time of `larger`.
+template <class S>
+FUSEGRAD_FN if_scalar<S> larger_number(S a, S b) {
+  return a < b ? b : a;
+}
 // The smaller one; NaN if either is NaN.
 template <class S>
 FUSEGRAD_FN if_scalar<S> smaller(S a, S b) {
@@ -149,7 +154,7 @@ struct Exponential {
   V n, p;
 
   FUSEGRAD_FN explicit Exponential(V a) {
-    a = at::vec::clamp(a, V(-104.0f), V(89.0f));  // beyond these the result is 0 or infinity; NaN stays
+    a = at::vec::clamp(a, V(-105.0f), V(89.0f));  // beyond these the result is 0 or infinity; NaN stays
     n = at::vec::fmadd(a, V(1.44269502f), V(kMagic)) - V(kMagic);
     V r = at::vec::fmadd(n, V(-0.693359375f), a);  // exact: few bits in each factor
     r = at::vec::fmadd(n, V(2.12194442e-4f), r);
@@ -159,17 +164,20 @@ struct Exponential {
     p = at::vec::fmadd(p, r, V(4.999999404e-1f));
     p = at::vec::fmadd(p * r, r, r);
   }
-  // a 2^n
+  // a 2^n, and 0 from the lower end on. A multiplication that rounds to 0 there would take a processor some 150 cycles, as all do
+  // that leave the normal numbers: softmax of 4096 x 1024 with half of the logits masked out took 28 instead of 2 ms.
   FUSEGRAD_FN V scaled(V a) const {
+    constexpr float kNothing = -151.0f;
 #if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_scalef_ps(a, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(kNothing), _CMP_NEQ_UQ), a, n);
 #else
+    const V some = n != V(kNothing), within = n & some;
     // In two steps, as 2^n alone may lie outside the normal numbers where the result does not.
-    const V half = at::vec::fmadd(n, V(0.5f), V(kMagic)) - V(kMagic);
+    const V half = at::vec::fmadd(within, V(0.5f), V(kMagic)) - V(kMagic);
     const auto power = [&](V k) {
       return at::vec::cast<float>(at::vec::cast<int32_t>(k + V(kMagic + 127.0f)) << Vec<int32_t>(23));
     };
-    return a * power(half) * power(n - half);
+    return (a * power(half) * power(within - half)) & some;
 #endif
   }
 };
@@ -269,6 +277,10 @@ FUSEGRAD_FN Vec<S> normal_tail(Vec<S> a, Vec<S> exp_of_minus_half_square) {
 template <class S>
 FUSEGRAD_FN Vec<S> larger(Vec<S> a, Vec<S> b) {
   return at::vec::maximum(a, b);
+}
+template <class S>
+FUSEGRAD_FN Vec<S> larger_number(Vec<S> a, Vec<S> b) {
+  return at::vec::clamp_min(a, b);
 }
 template <class S>
 FUSEGRAD_FN Vec<S> smaller(Vec<S> a, Vec<S> b) {

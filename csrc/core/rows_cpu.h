@@ -207,16 +207,16 @@ class RowsCpu {
   // A long row in parts, so that no sum grows so large beside what is added to it that it always rounds to the same side: the sum
   // of 262,144 squares of bfloat16 was off by 7e-6.
   template <class V, class H>
-  H sweep(const Row& row, const Source& x, const T* const* ahead) const {
+  FUSEGRAD_FN H sweep(const Row& row, const Source& x, const T* const* ahead) const {
     constexpr int64_t kPart = 8192;
-    V sum = sweep<V>(row, x, ahead, 0, std::min(cols, kPart));
-    for (int64_t c = kPart; c < cols; c += kPart) sum.merge(sweep<V>(row, x, ahead, c, std::min(cols, c + kPart)));
+    V sum;
+    for (int64_t c = 0; c < cols; c += kPart) sum.merge(sweep<V>(row, x, ahead, c, std::min(cols, c + kPart)));
     return across_lanes<V, H>(sum);
   }
 
   // Four sums at a time, so that the additions do not wait for each other; then together in a fixed order.
   template <class V>
-  V sweep(const Row& row, const Source& x, [[maybe_unused]] const T* const* ahead, int64_t c, int64_t end) const {
+  FUSEGRAD_FN V sweep(const Row& row, const Source& x, [[maybe_unused]] const T* const* ahead, int64_t c, int64_t end) const {
     V sum[4];
     for (; c + 2 * kChunk <= end; c += 2 * kChunk) {
       if constexpr (Op::out == 0 && Op::col_out == 0) fetch(ahead, c), fetch(ahead, c + kChunk);  // no map will

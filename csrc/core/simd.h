@@ -65,15 +65,36 @@ constexpr bool kOwnBFloat16 = true;
 constexpr bool kOwnBFloat16 = false;
 #endif
 
+// False and true as 0 and 1. One by one they took softmax of 4096 x 1024 with such a mask from 2.5 to 8.8 ms.
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEGRAD_FN Vec<float> widened(const bool* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+constexpr bool kOwnBool = true;
+#elif defined(CPU_CAPABILITY_AVX2)
+FUSEGRAD_FN Vec<float> widened(const bool* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+constexpr bool kOwnBool = true;
+#else
+[[maybe_unused]] Vec<float> widened(const bool*);
+constexpr bool kOwnBool = false;
+#endif
+
+// Elements that are made vectors without a loop over them.
+template <class T, class S>
+constexpr bool kWidens = std::is_same_v<T, S> || (sizeof(S) == 4 && (sizeof(T) == 2 || (std::is_same_v<T, bool> && kOwnBool)));
+
 template <class T, class A>
 FUSEGRAD_FN void load(const T* p, A (&v)[2]) {
+  static_assert(kWidens<T, Scalar<A>>);
   if constexpr (std::is_same_v<T, Scalar<A>>) {
     v[0] = A::loadu(p);
     v[1] = A::loadu(p + Lanes<A>::count);
-  } else if constexpr (std::is_same_v<T, BFloat16> && kOwnBFloat16) {
+  } else if constexpr (std::is_same_v<T, bool> || (std::is_same_v<T, BFloat16> && kOwnBFloat16)) {
     v[0] = widened(p);
     v[1] = widened(p + Lanes<A>::count);
-  } else if constexpr (sizeof(T) == 2) {
+  } else {
     const auto [lo, hi] = at::vec::convert_to_float<T>(Vec<T>::loadu(p));
     v[0] = lo, v[1] = hi;
   }
@@ -107,7 +128,7 @@ FUSEGRAD_FN void load_as(const Mixed& m, int64_t c, A (&v)[2], int64_t n) {
   const T* const p = reinterpret_cast<const T*>(m.data + c * m.step);
   if (m.step == 0) {
     v[0] = v[1] = A(S(*p));
-  } else if constexpr (std::is_same_v<T, S> || (sizeof(T) == 2 && sizeof(S) == 4)) {
+  } else if constexpr (kWidens<T, S>) {
     load(p, v, n);
   } else {
     S buffer[kStep<A>] = {};

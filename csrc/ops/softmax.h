@@ -35,8 +35,8 @@ struct SoftmaxFwd : RowOp {
   };
   template <class A>
   struct Peak {
-    A top{-std::numeric_limits<Scalar<A>>::infinity()};
-    FUSEGRAD_FN void merge(const Peak& o) { top = larger(top, o.top); }
+    A top{-std::numeric_limits<Scalar<A>>::infinity()};  // of the numbers: the sum of the row finds its NaN
+    FUSEGRAD_FN void merge(const Peak& o) { top = larger_number(top, o.top); }
   };
   template <class A>
   struct Mass {
@@ -65,7 +65,7 @@ struct SoftmaxFwd : RowOp {
   }
   template <class A, class R>
   FUSEGRAD_FN void add(Peak<A>& sum, const R& row, const In<SoftmaxFwd, A>& in) const {
-    sum.top = larger(sum.top, z(row, in));
+    sum.top = larger_number(sum.top, z(row, in));
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Peak<S>& sum, const At& at) const {
