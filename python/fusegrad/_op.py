@@ -133,7 +133,6 @@ def is_traced() -> bool:
 _strict = os.environ.get("FUSEGRAD_STRICT", "") not in ("", "0")
 _forced_reference = False
 _stats: Counter = Counter()
-_warned: set = set()
 
 
 @contextlib.contextmanager
@@ -166,7 +165,7 @@ def stats() -> dict[tuple[str, str], int]:
 
 
 def reset_stats() -> None:
-    """Forgets what `stats()` has counted."""
+    """Forgets what `stats()` has counted; the next call without a kernel warns again."""
     _stats.clear()
 
 
@@ -258,8 +257,7 @@ def fall_back(op: str, reason: str, tensor: torch.Tensor) -> None:
     if _strict:
         raise RuntimeError(f"{op}: {reason} (strict mode does not fall back to the reference)")
     count(op, reason)
-    if (op, reason) not in _warned:
-        _warned.add((op, reason))
+    if _stats[op, reason] == 1:
         warnings.warn(f"{op}: {reason}; using the reference, which is plain torch code", stacklevel=5)
 
 
