@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fusegrad
+from fusegrad.testing.budget import seed_torch
 from table import DEVICE
 
 # What this machine cannot run is not collected; there is no skip.
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _clean_state():
-    torch.manual_seed(0)
+    seed_torch(0)
     fusegrad.reset_stats()
     yield
     torch._dynamo.reset()

@@ -42,9 +42,16 @@ def with_grad(op, sample, which=None):
     return Sample(sample.name, {**kwargs, **leaves}), leaves
 
 
+def seed_torch(seed):
+    """torch.manual_seed, which for each kind of accelerator that it does not find keeps a stack trace: 2 to 3 ms a call."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
 def call(op, sample):
     """The outputs that can be differentiated, as a tuple; what the op draws is the same each time."""
-    torch.manual_seed(17)
+    seed_torch(17)
     out = op.functional(**sample.kwargs)
     return out if isinstance(out, tuple) else (out,)
 
