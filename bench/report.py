@@ -10,6 +10,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 OTHERS = ("eager", "native", "compile")
+SMALL = 4096  # elements, of the smallest shape of each op: next to nothing
 HOST_MARGIN = 8  # µs that a forward of next to nothing may cost more than the better of eager and native
 
 
@@ -53,7 +54,7 @@ def host_cost(cell):
     """Microseconds of a forward that computes next to nothing, fusegrad's and those of the better of eager and native."""
     others = [s["forward"]["median"] * 1e6 for side, s in timed(cell).items() if side in ("eager", "native")]
     own = timed(cell).get("fusegrad")
-    return (own["forward"]["median"] * 1e6, min(others)) if own and others and cell["rows"] * cell["cols"] <= 1024 else None
+    return (own["forward"]["median"] * 1e6, min(others)) if own and others and cell["rows"] * cell["cols"] <= SMALL else None
 
 
 def slower_than(cell, twin) -> bool:
@@ -93,23 +94,28 @@ def over_old(result, old):
     return found
 
 
-def footer(result, old=None) -> str:
+def findings(result, old=None) -> list[tuple[str, list[str] | None]]:
+    """What a run has shown, as sentences, and with those that name cells their list."""
     s, m = summary(result), result["machine"]
-    lines = [
-        f"forward + backward over the best of eager, native and compile: geometric mean {s['ratio']:.2f} of {s['cells']} cells",
-        f"cells above 0.95: {', '.join(s['above']) or 'none'}",
-        f"time over that of a copy, cells whose inputs come from memory: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells",
-        f"bfloat16 slower than float32 beyond the spread: {', '.join(s['bfloat16_slower']) or 'none'}",
-        f"forward in µs more than {HOST_MARGIN} above the better of eager and native: {', '.join(s['host']) or 'none'}",
-        f"not timed: {', '.join(s['wrong']) or 'none'}",
-        f"absent: {', '.join(f'{peer} ({why})' for peer, why in result['absent'].items()) or 'none'}",
-        "  ".join(f"{k}: {v}" for k, v in m.items()),
+    found = [
+        (f"forward + backward over the best of eager, native and compile: geometric mean {s['ratio']:.2f} of {s['cells']} cells", None),
+        ("cells above 0.95", s["above"]),
+        (f"time over that of a copy, inputs coming from memory: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells", None),
+        ("bfloat16 slower than float32 beyond the spread, products of matrices aside", s["bfloat16_slower"]),
+        (f"forward in µs more than {HOST_MARGIN} above the better of eager and native", s["host"]),
+        ("not timed", s["wrong"]),
+        ("absent", [f"{peer} ({why})" for peer, why in result["absent"].items()]),
+        ("  ".join(f"{k}: {v}" for k, v in m.items()), None),
     ]
     if old:
-        found = over_old(result, old).values()
-        change = f"{sum(same for _, same in found)} of {len(found)} times within the quartiles"
-        lines.insert(0, f"beside the older run: {change}, geometric mean {geometric_mean(r for r, _ in found):.2f} of its times")
-    return "\n".join(lines)
+        times = over_old(result, old).values()
+        change = f"{sum(same for _, same in times)} of {len(times)} times within the quartiles"
+        found.insert(0, (f"beside the older run: {change}, geometric mean {geometric_mean(r for r, _ in times):.2f} of its times", None))
+    return found
+
+
+def footer(result, old=None) -> str:
+    return "\n".join(line if items is None else f"{line}: {', '.join(items) or 'none'}" for line, items in findings(result, old))
 
 
 def ms(seconds):
@@ -160,46 +166,88 @@ def host_table(result) -> Table:
     return t
 
 
-def svg(figure) -> str:
+def drawn(figure, title) -> str:
+    """With what all plots share: the line of the copy, one legend beside the title and none over the data."""
+    for axes in figure.axes:
+        axes.axhline(100, color="gray", lw=0.8, ls=":")
+        axes.set_ylabel("% of copy speed")
+        axes.grid(axis="y", color="#eee")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, size=11, x=0.125, y=0.98, ha="left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", bbox_to_anchor=(0.91, 1.0), ncols=len(labels), fontsize=8, frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight")
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def grouped_bars(axes, groups, colors, value, labels):
+    """One bar for each side within each group; `value` is None where there is none."""
+    width = 0.8 / max(1, len(colors))
+    for i, (side, color) in enumerate(colors.items()):
+        found = [(j + i * width, v) for j, group in enumerate(groups) if (v := value(group, side)) is not None]
+        axes.bar([at for at, _ in found], [v for _, v in found], width, label=side, color=color)
+    axes.set_xticks([j + 0.4 for j in range(len(groups))], labels, rotation=60, ha="right", size=7)
+    axes.margins(x=0.01)
+
+
+def percent_of_copy(cell, side):
+    return timed(cell)[side]["both"]["percent_of_copy"] if side in timed(cell) else None
+
+
 def plots(result):
-    for op in dict.fromkeys(c["op"] for c in result["cells"]):
-        cells = [c for c in result["cells"] if c["op"] == op]
-        names = list(dict.fromkeys(side for c in cells for side in timed(c)))
+    """All ops beside each other, over the cells whose inputs come from memory; then each op, cell by cell and over its row length."""
+    per_op = {}
+    for cell in result["cells"]:
+        per_op.setdefault(cell["op"], []).append(cell)
+    sides = dict.fromkeys(side for c in result["cells"] for side in timed(c))
+    colors = {side: f"C{i}" for i, side in enumerate(sides)}
+
+    def mean(op, side):
+        found = [percent_of_copy(c, side) for c in per_op[op] if from_memory(c, result["machine"]) and side in timed(c)]
+        return geometric_mean(found) if found else None
+
+    large = [op for op in per_op if any(mean(op, side) for side in sides)]
+    if large:
+        figure = Figure(figsize=(11, 3.6))
+        grouped_bars(figure.subplots(), large, colors, mean, large)
+        yield drawn(figure, "all ops, forward + backward")
+    for op, cells in per_op.items():
+        here = {side: color for side, color in colors.items() if any(side in timed(c) for c in cells)}
         figure = Figure(figsize=(11, 3.2))
         bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
-        width = 0.8 / max(1, len(names))
-        for i, side in enumerate(names):
-            at = [j + i * width for j, c in enumerate(cells) if side in timed(c)]
-            values = [timed(c)[side]["both"]["percent_of_copy"] for c in cells if side in timed(c)]
-            bars.bar(at, values, width, label=side)
+        labels = [f"{c['dtype'].replace('float', 'f')} {c['rows']}×{c['cols']}" for c in cells]
+        grouped_bars(bars, cells, here, percent_of_copy, labels)
+        for side, color in here.items():
             per_length = {}
             for c in cells:
                 if side in timed(c) and c["dtype"] == cells[0]["dtype"]:
-                    per_length.setdefault(c["cols"], []).append(timed(c)[side]["both"]["percent_of_copy"])
-            lines.plot(sorted(per_length), [statistics.fmean(per_length[n]) for n in sorted(per_length)], marker="o", label=side)
-        bars.set_xticks([j + 0.4 for j in range(len(cells))])
-        bars.set_xticklabels(
-            [f"{c['dtype'].replace('float', 'f')} {c['rows']}×{c['cols']}" for c in cells], rotation=60, ha="right", size=7
-        )
-        for axes in (bars, lines):
-            axes.axhline(100, color="gray", lw=0.8, ls=":")
-            axes.set_ylabel("% of copy speed")
+                    per_length.setdefault(c["cols"], []).append(percent_of_copy(c, side))
+            lengths = sorted(per_length)
+            lines.plot(lengths, [statistics.fmean(per_length[n]) for n in lengths], marker="o", label=side, color=color)
         lines.set_xscale("log", base=2)
+        lines.set_ylim(bottom=0)
         lines.set_xlabel(f"columns ({cells[0]['dtype']})")
-        lines.legend(fontsize=7)
-        figure.suptitle(f"{op}, forward + backward", size=11)
-        yield svg(figure)
+        yield drawn(figure, f"{op}, forward + backward")
 
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}svg{max-width:100%;height:auto}
 table{border-collapse:collapse;font-size:12px;font-variant-numeric:tabular-nums}td,th{padding:2px 8px;text-align:right;white-space:nowrap}
 td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}tr.own{font-weight:600;background:#eef5ee}thead th{border-bottom:2px solid #888}
-tr.first td{border-top:1px solid #ccc}"""
+tr.first td{border-top:1px solid #ccc}summary{cursor:pointer}details[open]{color:#555}"""
+
+
+def fresh_memory(result) -> str:
+    if result["machine"]["recycled_memory"] or result["machine"]["kind"] != "cpu":
+        return ""
+    return "Large results of the other sides are in fresh memory, as torch gives it on a CPU: their times include its page faults."
+
+
+def note(line, items) -> str:
+    """A finding; the list of cells, which may be long, opens at a click."""
+    line = escape.escape(line if items else f"{line}: none" if items == [] else line)
+    return f"<details><summary>{line}: {len(items)}</summary>{escape.escape(', '.join(items))}</details>" if items else line
 
 
 def html(result, old=None) -> str:
@@ -209,16 +257,14 @@ def html(result, old=None) -> str:
         kind = " ".join(filter(None, ("own" if line[1] == "fusegrad" else "", "first" if line[0] else "")))
         body.append(f'<tr class="{kind}">' + "".join(f"<td>{escape.escape(str(v))}</td>" for v in line) + "</tr>")
     head = "".join(f"<th>{h}</th>" for h in header(old))
-    notes = "".join(f"<li>{escape.escape(line)}</li>" for line in footer(result, old).splitlines())
+    notes = "".join(f"<li>{note(line, items)}</li>" for line, items in findings(result, old))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusegrad bench</title><style>{STYLE}</style>'
         f"<h1>fusegrad bench, {result['machine']['date']}</h1><ul>{notes}</ul>"
         "<p>Times are medians. GB/s counts each tensor once: forward the arguments and the result, backward what is kept of the "
         "arguments, the incoming gradient and the gradients. 100% of copy is a copy of as many bytes, in the same run; more is possible "
         "where a backward finds in the caches what its forward read, or where results in large pages, or stores past the caches, beat "
-        "those of the copy. "
-        "Large results of the sides that use "
-        "torch's CPU allocator are in fresh memory, whose page faults are part of their time unless recycled_memory is true.</p>"
+        f"those of the copy. {fresh_memory(result)}</p>"
         + "".join(plots(result))
         + f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></html>\n"
     )

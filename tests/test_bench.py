@@ -249,6 +249,22 @@ def test_a_side_that_raises_while_it_is_timed():
     Console(file=io.StringIO()).print(report.table(result), report.host_table(result))
 
 
+@pytest.mark.parametrize("cache, plots", ((0, 2), (2**20, 1)))
+def test_html(cache, plots):
+    """A plot of all ops for cells that come from memory, one of each op; the cells that fall short under their number."""
+    machine = dict(last_level_cache_MB=cache, date="today", kind="cpu", recycled_memory=False)
+    cell = measured(OPS["swiglu"], fusegrad.functional.swiglu)
+    cell["sides"]["eager"] = cell["sides"].pop("peer")
+    for phase in cell["sides"]["eager"].values():
+        if isinstance(phase, dict):
+            phase["median"] = 1e-12
+    page = report.html(dict(machine=machine, absent={}, cells=[cell]))
+    assert page.count("<svg") == plots and ("all ops" in page) == (plots == 2)
+    summary, listed = re.search(r"<details><summary>cells above 0.95: (\d+)</summary>(.*?)</details>", page).groups()
+    assert summary == "1" and listed.startswith("swiglu float32 4x8: ") and "<li>absent: none</li>" in page
+    assert "page faults" in page
+
+
 def test_a_cell_that_cannot_be_measured_is_named_and_the_others_are(tmp_path):
     huge = f"4x{2**50}"
     done = bench(

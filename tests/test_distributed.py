@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -195,14 +195,61 @@ def e3_dtensor_keeps_what_is_split(rank, world):
     w, bias, labels = at(8), at(8, dim=0), distribute_tensor(torch.zeros(4, 6, dtype=torch.int64), mesh, [Shard(1)])
     for dim in (0, 1):
         x = at(4, 6, 8, dim=dim)
-        for y in (fused.rms_norm(x, (8,), w), fused.layer_norm(x, (8,), w, w), *fused.add_rms_norm(x, x, (8,), w), fused.softmax(x, -1)):
+        norms = (fused.rms_norm(x, (8,), w), fused.layer_norm(x, (8,), w, w), fused.dyt(x, at(1), w, w), fused.normalize(x, dim=-1))
+        sums = (*fused.add_rms_norm(x, x, (8,), w), *fused.add_layer_norm(x, x, (8,), w, w))
+        for y in (*norms, *sums, fused.softmax(x, -1), fused.log_softmax(x, -1), fused.scaled_masked_softmax(x), fused.norm(x, -1)):
             assert y.placements == (Shard(dim),)
-        assert fused.norm(x, -1).placements == (Shard(dim),)
+    for dim, ops in (
+        (0, "layer_norm_2d group_norm batch_norm"),
+        (1, "batch_norm"),
+        (2, "layer_norm_2d batch_norm"),
+        (3, "layer_norm_2d batch_norm"),
+    ):
+        image, channels = at(4, 6, 2, 4, dim=dim), at(6)
+        rest = dict(layer_norm_2d=(), group_norm=(2,), batch_norm=(channels, channels.abs()))
+        for op in ops.split():
+            assert getattr(fused, op)(image, *rest[op], channels, channels).placements == (Shard(dim),)
+    assert fused.batch_norm(at(4, 6, 2, dim=0), None, None, training=True).placements == (Replicate(),)
+    for dim in (0, 1, 2):
+        q, tables = at(2, 4, 6, 8, dim=dim), (at(6, 8), at(6, 8))
+        for y in (*fused.rotary_embedding(q, q, *tables), *fused.qk_norm_rope(q, q, w, w, *tables)):
+            assert y.placements == (Shard(dim),)
+    tokens = at(6, 8, dim=0), at(9, 8), distribute_tensor(torch.zeros(6, dtype=torch.int64), mesh, [Shard(0)])
+    for y in (fused.linear_cross_entropy(*tokens, reduction="none"), fused.linear_token_log_probs(*tokens)):
+        assert y.placements == (Shard(0),)
     columns = at(4, 8, dim=1)
-    for y in (fused.swiglu(columns, at(4, 8)), fused.bias_act(at(4, 8), bias, "gelu"), fused.bias_act(columns, at(8), "silu")):
+    biased = (
+        fused.bias_act(at(4, 8), bias, "gelu"),
+        fused.bias_act(columns, at(8), "silu"),
+        fused.bias_dropout_add(columns, bias, columns),
+    )
+    gated = [gate(columns, at(4, 8)) for gate in (fused.swiglu, fused.geglu, fused.geglu_tanh, fused.reglu)]
+    simple = (fused.dropout(columns), fused.scale(columns, 2.0), fused.exp(columns), fused.cube(columns), fused.grad_reverse(columns))
+    losses = [loss(columns, at(4, 8), reduction="none") for loss in (fused.mse_loss, fused.l1_loss, fused.huber_loss, fused.kl_div)]
+    for y in (*biased, *gated, *simple, *losses):
         assert y.placements == (Shard(1),)
     assert fused.cross_entropy(at(4, 9, 6, dim=2), labels, reduction="none").placements == (Shard(1),)
     assert fused.rms_norm(at(4, 8, dim=1), (8,), w).placements == (Replicate(),)
+
+
+def e3_dtensor_of_summands(rank, world):
+    """An input that is `Partial`: the sum is taken first, and each summand has its gradient."""
+    mesh = init_device_mesh(DEVICE, (world,))
+    parts, w = torch.randn(world, 4, 8, dtype=F64), torch.randn(8, dtype=F64)
+    ops = {
+        "rms_norm": lambda x, w: fused.rms_norm(x, (8,), w),
+        "add_rms_norm": lambda x, w: fused.add_rms_norm(x, x, (8,), w)[0],
+        "bias_act": lambda x, w: fused.bias_act(x, w, "gelu"),
+    }
+    for op in ops.values():
+        x, weight = parts.sum(0).requires_grad_(), w.clone().requires_grad_()
+        y = op(x, weight)
+        g = torch.randn(y.shape, dtype=F64)
+        mine = parts[rank].to(DEVICE).requires_grad_()
+        dweight = distribute_tensor(w, mesh, [Replicate()]).requires_grad_()
+        z = op(DTensor.from_local(mine, mesh, [Partial()]), dweight)
+        found = torch.autograd.grad(z, (mine, dweight), distribute_tensor(g, mesh, [Replicate()]))
+        close([whole(z.detach()), *map(whole, found)], [y.detach(), *torch.autograd.grad(y, (x, weight), g)])
 
 
 def e3_dtensor_second_order(rank, world):
@@ -347,6 +394,7 @@ CHECKS = (
     pytest.param(e3_dtensor_1, marks=pytest.mark.rotating(1)),
     pytest.param(e3_dtensor_2, marks=pytest.mark.rotating(2)),
     e3_dtensor_keeps_what_is_split,
+    e3_dtensor_of_summands,
     e3_dtensor_second_order,
     e3_dropout_of_parts,
     e3_tensor_and_sequence_parallel,

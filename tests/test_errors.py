@@ -39,6 +39,8 @@ BAD = [
     (lambda: fused.cross_entropy(x, labels.int()), RuntimeError, "cross_entropy: target must be int64 (class indices), got torch.int32"),
     (lambda: fused.cross_entropy(x, labels, torch.ones(7)), RuntimeError, "cross_entropy: weight must have one element per class ([8]), got [7]"),
     (lambda: fused.cross_entropy(x, labels, torch.ones(8).double()), TypeError, "cross_entropy: weight must be Float, got Double"),
+    (lambda: fused.cross_entropy(x, labels, torch.ones(8, requires_grad=True)), RuntimeError, "cross_entropy: weight must not require grad, it is a constant factor"),
+    (lambda: fused.linear_cross_entropy(x, x, labels, weight=torch.ones(4, requires_grad=True)), RuntimeError, "linear_cross_entropy: weight must not require grad, it is a constant factor"),
     (lambda: fused.cross_entropy(x, labels, reduction="average"), ValueError, "cross_entropy: reduction must be 'mean', 'sum' or 'none', got 'average'"),
     (lambda: fused.cross_entropy(x, labels, label_smoothing=1.5), RuntimeError, "cross_entropy: label_smoothing must be in [0, 1], got 1.5"),
     (lambda: fused.cross_entropy(x, labels, empty="one"), ValueError, "cross_entropy: empty must be 'nan' or 'zero', got 'one'"),
@@ -122,12 +124,20 @@ def test_ignored_rows_are_not_read():
     """Loss, lse and gradient of an ignored row are 0 even if its logits hold infinities and NaN."""
     bad = x.clone()
     bad[1], bad[3, 2] = float("nan"), float("inf")
-    target = torch.tensor([0, -100, 2, -100])
+    target, kept = torch.tensor([0, -100, 2, -100]), [0, 2]
     bad.requires_grad_()
     for options in (dict(), dict(label_smoothing=0.1, z_loss=0.1), dict(logit_softcap=5.0, weight=torch.rand(8))):
         loss, lse = fused.cross_entropy(bad, target, reduction="none", return_lse=True, **options)
         (g,) = torch.autograd.grad((loss * torch.randn(4) + lse).sum(), bad)
         assert not loss[[1, 3]].any() and not lse[[1, 3]].any() and not g[[1, 3]].any() and g.isfinite().all()
+        for reduction in ("mean", "sum"):
+            loss = fused.cross_entropy(bad, target, reduction=reduction, **options)
+            (g,) = torch.autograd.grad(loss, bad, torch.tensor(1.7))
+            alone = x[kept].requires_grad_()
+            expected = fused.cross_entropy(alone, target[kept], reduction=reduction, **options)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(g[kept], torch.autograd.grad(expected, alone, torch.tensor(1.7))[0])
+            assert not g[[1, 3]].any()
 
 
 def test_nobody_left():
@@ -137,6 +147,8 @@ def test_nobody_left():
     assert fused.cross_entropy(z, target, reduction="sum") == 0
     for options in (dict(), dict(empty="zero"), dict(reduction="sum")):
         assert not torch.autograd.grad(fused.cross_entropy(z, target, **options), z)[0].any()
+    each = fused.cross_entropy(z, target, reduction="none")
+    assert not each.any() and not torch.autograd.grad(each, z, torch.randn(4))[0].any()
 
 
 def test_micro_batches_add_up():

@@ -156,6 +156,18 @@ def test_a_second_load_compiles_nothing(monkeypatch):
 
 
 @each
+def test_overrides(name):
+    class Duck:
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return func, args
+
+    op, _, _ = of(name)
+    duck, *rest = Duck(), *tensors(name)[1:]
+    assert op(duck, *rest) == (op, (duck, *rest))
+
+
+@each
 def test_dtensors(name):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor

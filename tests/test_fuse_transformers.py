@@ -21,6 +21,7 @@ MODELS = {
     "Llama": LLM, "Qwen3": LLM, "Gemma2": LLM, "Mistral": LLM,
     "ResNet": IMAGE | dict(embedding_size=8, layer_type="basic"), "ConvNext": IMAGE | dict(num_stages=2, patch_size=2),
 }  # fmt: skip
+OTHERS = ("Qwen2", "Gemma", "Gemma3", "Phi3", "Olmo2", "Granite", "SmolLM3", "Exaone4")  # not trained here
 LANGUAGE = [name for name, config in MODELS.items() if config is LLM]
 
 
@@ -35,8 +36,8 @@ def _one_thread():
 
 def build(name):
     torch.manual_seed(7)
-    config = getattr(transformers, f"{name}Config")(**MODELS[name])
-    kind = "CausalLM" if name in LANGUAGE else "ImageClassification"
+    kind = "ImageClassification" if MODELS.get(name, LLM) is not LLM else "CausalLM"
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**MODELS.get(name, LLM))
     model = getattr(transformers, f"{name}For{kind}")(config)
     with torch.no_grad():
         for p in model.parameters():  # weights of norms that are all one, or scales of 1e-6, would hide much
@@ -149,6 +150,20 @@ def test_report_of_a_language_model(name):
     assert fusegrad.unfuse(model) == tuple(e.name for e in report.replaced)
     assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
     assert model.loss_function is original.loss_function
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_are_replaced_whole(name):
+    """Every norm, gated MLP, rotary embedding and the loss; the loss is what it was."""
+    model = build(name).eval()
+    batch = next(batches("Llama"))
+    expected = model(**batch).loss
+    report = fusegrad.fuse(model)
+    assert {e.layer.removeprefix(name) for e in report.kept} <= {"Linear", "Embedding", "RotaryEmbedding", "TextScaledWordEmbedding"}
+    replaced = [e.layer for e in report.replaced]
+    parts = [sum(part in layer for layer in replaced) for part in ("MLP", "apply_rotary_pos_emb", "loss_function")]
+    assert parts == [2, 2, 1] and sum("Norm" in layer for layer in replaced) >= 5
+    torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_reports_of_image_models():

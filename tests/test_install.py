@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fusegrad
+from fusegrad._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fusegrad.__file__).resolve().parent
@@ -29,8 +30,10 @@ def test_info():
     assert done.returncode == 0, done.stderr
     for text in (fusegrad.__version__, torch.__version__, "CPU capability", "threads", "CUDA kernels", "CUDA devices"):
         assert text in done.stdout
-    for op in ("cross_entropy", "rms_norm", "swiglu"):
-        assert f"\n{op} " in done.stdout
+    lines = done.stdout.splitlines()
+    for name, op in OPS.items():
+        assert any(line.startswith(f"{name} ") and line.endswith(op.by_reference) for line in lines), name
+    assert sum(bool(op.by_reference) for op in OPS.values()) > 3
 
 
 @pytest.mark.parametrize("capability", ("default", "avx2"))

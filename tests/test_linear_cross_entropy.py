@@ -94,6 +94,8 @@ def test_all_ignored():
         loss = fused.linear_cross_entropy(x, w, nobody, linear_bias=b, **options)
         loss = loss[0] if isinstance(loss, tuple) else loss
         assert not any(g.any() for g in torch.autograd.grad(loss, (x, w, b)))
+    each = fused.linear_cross_entropy(x, w, nobody, linear_bias=b, reduction="none")
+    assert not each.any() and not any(g.any() for g in torch.autograd.grad(each, (x, w, b), torch.randn(T, dtype=F64)))
 
 
 @pytest.mark.parametrize("magnitude", (1.0, 40.0, 640.0))
@@ -135,7 +137,7 @@ def held(f, *args, leaves):
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=name_of)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_peak_memory(dtype, reduction):
-    """Within what the docstring says, which is half of one copy of the logits here."""
+    """Within what the docstring says: by default 64 MB of logits, here those of 524 tokens."""
     tokens, features, classes = 512, 256, 32000
     x, w, target, _ = drawn(dtype, tokens, features, classes)
     small = 1 << 20
@@ -154,6 +156,9 @@ def test_peak_memory(dtype, reduction):
         if leaves[0] is x and len(leaves) == 1:  # frozen weight: nothing of its size but the part that is cast
             assert found <= 2**26 + part + 16 * tokens * features + small
     x.requires_grad_(), w.requires_grad_()
+    many, labels = x.detach().repeat(3, 1).requires_grad_(), target.repeat(3)  # three chunks, whose logits are 197 MB
+    found = held(lambda x, w: fused.linear_cross_entropy(x, w, labels, reduction=reduction), many, w, leaves=(many, w))
+    assert found <= 2**26 + 8 * many.numel() + part + 4 * (many.numel() + w.numel()) + many.nbytes + w.nbytes + small
     few = held(lambda x, w: fused.linear_cross_entropy(x, w, target, reduction=reduction, options=Chunks(16)), x, w, leaves=(x, w))
     logits = 4 * 16 * classes
     assert few <= logits + (0 if dtype == F32 else 2**25) + 4 * (x.numel() + w.numel()) + x.nbytes + w.nbytes + small

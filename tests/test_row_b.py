@@ -128,6 +128,24 @@ def test_b1_apply_and_modes(ours, native, args):
             torch.testing.assert_close(a, b)
 
 
+def test_b1_parameter_containers():
+    """Parameters in a ParameterList and a ParameterDict: those of a layer are held with it, and functionals take them."""
+    layer = fusegrad.nn.LayerNorm(8)
+    held = torch.nn.ModuleDict({"layer": layer, "list": torch.nn.ParameterList(layer.parameters())})
+    held["dict"] = torch.nn.ParameterDict(dict(layer.named_parameters()))
+    assert len(list(held.parameters())) == 2
+    assert list(held.state_dict()) == ["layer.weight", "layer.bias", "list.0", "list.1", "dict.bias", "dict.weight"]
+    held.double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    y = fusegrad.functional.layer_norm(x, (8,), held["list"][0], held["dict"]["bias"])
+    assert torch.equal(y, layer(x))
+    y.backward(torch.randn_like(y))
+    assert layer.weight.grad is held["list"][0].grad is not None and layer.bias.grad is held["dict"]["bias"].grad is not None
+    twin = copy.deepcopy(held)
+    twin.load_state_dict({k: v + 1 for k, v in held.state_dict().items()})
+    assert torch.equal(twin["layer"].weight, layer.weight + 1) and twin["list"][0] is twin["layer"].weight
+
+
 def test_b1_compile():
     """Module.compile(): every module in one graph, with its gradients."""
     model = Every([copy.deepcopy(m).eval() for m, *_ in ONCE])

@@ -156,10 +156,22 @@ def test_docstrings_are_complete(op):
     assert re.search(r"Sources?:", text) and ".. math::" in text
 
 
+def eager_code(documented):
+    return textwrap.dedent(inspect.getdoc(documented).split("Equivalent eager code::")[1].split("Source")[0])
+
+
+@pytest.mark.parametrize("mlp", [fusegrad.nn.MLP((3, 5, 4, 2)), fusegrad.nn.GatedMLP(3, 4)], ids=["MLP", "GatedMLP"])
+def test_docstring_code_is_the_module(mlp):
+    scope = dict(mlp=mlp, x=torch.randn(7, 3), torch=torch)
+    expected = mlp(scope["x"])
+    exec(eager_code(type(mlp)), scope)
+    torch.testing.assert_close(scope["y"], expected)
+
+
 @each_op
 def test_docstring_code_is_the_op(op):
     """The eager code of the docstring, run on the op's first sample, gives its result."""
-    code = textwrap.dedent(inspect.getdoc(op.functional).split("Equivalent eager code::")[1].split("Source")[0])
+    code = eager_code(op.functional)
     sample = draw(op, names(op)[0])
     scope = {k: p.default for k, p in inspect.signature(op.functional).parameters.items()} | sample.kwargs | {"torch": torch}
     torch.manual_seed(17)

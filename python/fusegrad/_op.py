@@ -44,7 +44,7 @@ class Op:
     units: float = 4  # eps of the accumulate type, relative to the largest value, that a result may be off beside the reference's error
     saves_output: bool = False  # the backward starts from the output as it was stored, and gradients are checked from there
     constants: tuple = ()  # floating-point arguments that no gradient flows to
-    by_reference: str = ""  # what goes through the reference, beside complex dtypes and other devices
+    by_reference: str = ""  # what goes through the reference, beside other devices and complex dtypes
     stored: Callable | None = None  # stored(kwargs, outputs): for the reference in float64, arguments that give what the op rounds
     saved_bytes: Callable | None = None  # saved_bytes(kwargs): documented cost of the backward
     bench: Callable | None = None  # bench(make, rows, cols): the keyword arguments of a benchmark call
@@ -218,6 +218,13 @@ def reduction_of(
         expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
         raise ValueError(f"{op}: reduction must be {expected}, got {reduction!r}")
     return reduction
+
+
+def check_constant(op: str, **tensors) -> None:
+    """Raises for one that requires grad: no gradient flows to it, as in torch."""
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{op}: {name} must not require grad, it is a constant factor")
 
 
 def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:

@@ -170,9 +170,9 @@ def group_norm(
         weight, bias and two float32 per group of each sample; what the activation is applied to is recomputed.
 
     Raises:
-        TypeError: a dtype that does not go with the input's. RuntimeError: a shape that does not fit, tensors on two devices, a tensor
-        that is not dense. ValueError: a number of groups that does not divide the channels, an unknown activation, a single value in a
-        group.
+        TypeError: a dtype that does not go with the input's. RuntimeError: a shape that does not fit, a number of groups that does not
+        divide the channels, tensors on two devices, a tensor that is not dense. ValueError: no group, an unknown activation, a single
+        value in a group.
 
     Equivalent eager code::
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, Summed, autocast, check_tensor, compiled, overridable, real, reduction_of, wide, wide_dtype
+from .._op import Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, real, reduction_of, wide, wide_dtype
 
 cross_entropy_fwd = compiled("cross_entropy_fwd")
 cross_entropy_bwd = compiled("cross_entropy_bwd")
@@ -147,7 +147,7 @@ def cross_entropy(
         input: logits `[N, C]`, `[C]` or `[N, C, d1, ...]`, float32, float64, float16 or bfloat16, any layout.
         target: class indices `[N]`, `[]` or `[N, d1, ...]`, int64 (or uint8, as torch). Class probabilities (a floating-point target
             of the input's shape) go through `torch.nn.functional.cross_entropy`.
-        weight: `[C]`, a constant factor per class; no gradient flows to it.
+        weight: `[C]`, a constant factor per class; it must not require grad.
         ignore_index: an item with this label has loss, gradient and lse 0, whatever its logits are (inf and NaN too).
         reduction: "mean" divides the sum by the sum of the labels' weights (by the number of items without `weight`) over items
             that are not ignored; "sum"; "none" returns `target`'s shape. `size_average` and `reduce` are torch's old names for it.
@@ -203,7 +203,7 @@ def cross_entropy(
         classes = sizes[min(1, dims - 1)]
         if weight.shape != (classes,):
             raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
-        weight = weight.detach()
+        check_constant("cross_entropy", weight=weight)
     loss, lse = CrossEntropyFn.call(
         (input, target, weight, num_items), int(ignore_index), *numbers, reduction != "none",
         reduction == "mean", items, empty == "zero", autocast(input), return_lse,

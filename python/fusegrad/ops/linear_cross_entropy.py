@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, Summed, autocast, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
+from .._op import Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
 from .cross_entropy import cross_entropy, cross_entropy_reference, described, loss_items, loss_numbers, summed_options
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
@@ -242,7 +242,7 @@ def linear_cross_entropy(
     if weight is not None:
         if weight.shape != linear_weight.shape[:1]:
             raise RuntimeError(f"{op}: weight must have one element per class ({list(linear_weight.shape[:1])}), got {list(weight.shape)}")
-        weight = weight.detach()
+        check_constant(op, weight=weight)
     single, reduce = input.dim() == 1, reduction != "none"
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)

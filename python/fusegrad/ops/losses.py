@@ -15,6 +15,7 @@ from .._op import (
     Sample,
     Summed,
     autocast,
+    check_constant,
     check_tensor,
     compiled,
     fall_back,
@@ -193,10 +194,8 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         raise ValueError(f"{op}: weight must have the shape of input ({list(input.shape)}), got {list(weight.shape)}")
     if kind in (BCE, FOCAL) and target.shape != input.shape:
         raise ValueError(f"{op}: target must have the shape of input ({list(input.shape)}), got {list(target.shape)}")
-    constant = torch.is_grad_enabled() and kind == BCE
-    for name, value in (("weight", weight), ("pos_weight", pos)):
-        if constant and value is not None and value.requires_grad:
-            raise RuntimeError(f"{op}: {name} must not require grad, it is a constant factor")
+    if kind == BCE:
+        check_constant(op, weight=weight, pos_weight=pos)
 
     dtype = input.dtype  # of the result; beside a tensor that has dimensions a scalar counts for its kind alone, as in torch
     for other in (None if kind == HUBER else target, weight, pos):

@@ -40,7 +40,17 @@ class MLP(_Recomputing):
         activation, final_activation: see `bias_act`; None is the identity.
         recompute: save the input and no hidden activation; the backward computes them again.
 
-    The layers are `[0]`, `[1]`, ... and `state_dict` has `0.weight`, `0.bias`, ...
+    The input is `[*, sizes[0]]` and the result `[*, sizes[-1]]`, of the dtype of the weights: float32, float64, float16 or bfloat16, as
+    `linear` takes them. The layers are `[0]`, `[1]`, ... and `state_dict` has `0.weight`, `0.bias`, ...
+
+    Raises:
+        ValueError: fewer than two sizes, an unknown activation. RuntimeError: an input that does not fit.
+
+    Equivalent eager code::
+
+        for layer in list(mlp.children())[:-1]:
+            x = torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias))
+        y = torch.nn.functional.linear(x, mlp[-1].weight, mlp[-1].bias)
     """
 
     def __init__(self, sizes: Sequence[int], activation="relu", final_activation=None, bias=True, recompute=False, device=None, dtype=None):
@@ -74,7 +84,18 @@ class GatedMLP(_Recomputing):
         activation: silu (SwiGLU), gelu or gelu_tanh (GeGLU), relu (ReGLU).
         recompute: save the input and no hidden activation; the backward computes them again.
 
+    Input and result are `[*, dim]`, of the dtype of the weights: float32, float64, float16 or bfloat16, as `linear` takes them.
     `gate_up.weight` is `[2 hidden, dim]`, the gate's rows first.
+
+    Raises:
+        ValueError: an unknown activation. RuntimeError: an input that does not fit.
+
+    Equivalent eager code::
+
+        gate, up = torch.nn.functional.linear(x, mlp.gate_up.weight).chunk(2, dim=-1)
+        y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, mlp.down.weight)
+
+    Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202.
     """
 
     def __init__(self, dim: int, hidden: int, activation="silu", bias=False, recompute=False, device=None, dtype=None):
