@@ -33,6 +33,7 @@
   _(bias_act_fwd, "(Tensor x, Tensor? b, int act, float scale, float slope, int dim) -> Tensor")                                   \
   _(bias_act_bwd,                                                                                                                  \
     "(Tensor dy, Tensor x, Tensor? b, int act, float scale, float slope, int dim, bool[2] needed) -> (Tensor, Tensor)")            \
+  _(linear_product, "(Tensor x, Tensor w, Tensor? b) -> Tensor")                                                                   \
   _(pointwise_fwd, "(Tensor x, int number, float factor) -> Tensor")                                                               \
   _(pointwise_bwd, "(Tensor dy, Tensor? saved, int number, float factor) -> Tensor")                                               \
   _(rotary_fwd,                                                                                                                    \

@@ -198,6 +198,7 @@ test_lazy_bits = holds(properties.lazy_bits)
 def test_opcheck(case):
     op, sample = drawn(case)
     called = {func._schema.name.removeprefix("fusegrad::") for func, *_ in properties.registered_calls(op, sample)}
+    called -= {"linear_product"}  # torch's, no kernel
     assert called == set(op.kernels) or (op.gemm and called <= set(op.kernels))
     properties.opcheck(op, sample)
 

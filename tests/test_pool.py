@@ -43,6 +43,21 @@ def test_a_much_larger_block_is_not_taken_for_a_small_result():
     assert F.rms_norm(torch.randn(2048, 1024), (1024,)).data_ptr() != address
 
 
+def test_products_of_linear_are_kept():
+    """The result and the gradients, whose values are torch's."""
+    x, w, b = torch.randn(1024, 1024), torch.randn(2048, 1024), torch.randn(2048)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    dy = torch.randn(1024, 2048)
+    y = F.linear(*leaves)
+    expected = torch.nn.functional.linear(*leaves)
+    found, others = (torch.autograd.grad(z, leaves, dy) for z in (y, expected))
+    for a, b in zip((y, *found), (expected, *others)):
+        torch.testing.assert_close(a, b)
+    kept = sum(t.nbytes for t in (y, *found[:2]))
+    del y, found, a
+    assert _C.pool_kept() == kept
+
+
 def test_small_results_are_not_kept():
     F.rms_norm(torch.randn(64, 64), (64,))
     assert _C.pool_kept() == 0

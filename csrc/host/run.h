@@ -1,6 +1,7 @@
 // From a filled-in call to a running kernel: device table, guard, stream, workspace.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
@@ -23,6 +24,12 @@ constexpr bool kEmulated = true;
 #else
 constexpr bool kEmulated = false;
 #endif
+
+// While it lives, torch's operators are neither recorded nor cast.
+struct Quiet {
+  at::AutoDispatchBelowADInplaceOrView unrecorded;
+  c10::impl::ExcludeDispatchKeyGuard uncast{c10::autocast_dispatch_keyset};
+};
 
 template <class Args>
 const Kernel<Args>& kernel_for(const char* op, const at::Device& device) {

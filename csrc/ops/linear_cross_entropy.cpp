@@ -19,7 +19,6 @@
 #include "cross_entropy.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -52,12 +51,6 @@ namespace {
 constexpr const char* kOp = "linear_cross_entropy";
 constexpr int64_t kLogits = 64 << 20;  // bytes of logits at a time, unless the caller says how many tokens
 constexpr int64_t kPart = 32 << 20;    // bytes of weight that are copied at a time
-
-// What is called here must neither be recorded nor cast.
-struct Quiet {
-  at::AutoDispatchBelowADInplaceOrView unrecorded;
-  c10::impl::ExcludeDispatchKeyGuard uncast{c10::autocast_dispatch_keyset};
-};
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / std::max<int64_t>(1, b); }
 

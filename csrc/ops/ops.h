@@ -29,6 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd(const Tensor& dy, const 
 // For the ops that drop on their way.
 Dropout dropout_of(const Frame& frame, const Tensor& seed, double p);
 
+Tensor linear_product(const Tensor& x, const Tensor& w, const OptTensor& b);
+
 Tensor dyt_fwd(const Tensor& x, const Tensor& alpha, const OptTensor& w, const OptTensor& b, int64_t dims);
 std::tuple<Tensor, Tensor, Tensor, Tensor> dyt_bwd(const Tensor& dy, const Tensor& x, const Tensor& alpha, const OptTensor& w,
                                                    const OptTensor& b, int64_t dims, std::array<bool, 4> needed);

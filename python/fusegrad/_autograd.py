@@ -111,14 +111,14 @@ class Function(torch.autograd.Function):
     def of_samples(cls, ctx, samples: Sequence[int], *grads) -> list:
         """The gradients where everything but parameters has `samples` as its first dimensions; those of parameters have them too."""
         params, rows = cls._needs(ctx, True), cls._needs(ctx, False)
-        count, size = math.prod(samples), max(g.numel() for g in grads if g is not None)
-        if any(params) and (0 < count <= _FEW_SAMPLES or size >= _LARGE_SAMPLE * count > 0):
-            return _one_by_one(ctx, samples, count, grads)
         found = [None] * len(rows)
         if any(rows):
             found = ctx.replace(needs_input_grad=rows, options=cls.deeper(ctx.options, len(samples)), batch=0).kernel_result(grads)
         if any(params):
-            of_params = ctx.replace(needs_input_grad=params).torch_result(grads)
+            count, size = math.prod(samples), max(g.numel() for g in grads if g is not None)
+            ctx = ctx.replace(needs_input_grad=params)
+            one_by_one = 0 < count <= _FEW_SAMPLES or size >= _LARGE_SAMPLE * count > 0
+            of_params = _one_by_one(ctx, samples, count, grads) if one_by_one else ctx.torch_result(grads)
             found = [r if p is None else p for p, r in zip(of_params, found)]
         return found
 

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable, is_sharded
-from .._op import Op, Sample, autocast, check_tensor, overridable, wide
+from .._op import Op, Sample, autocast, check_tensor, compiled, overridable, wide
 from .bias_act import bias_act, bias_act_bwd, bias_act_fwd
+
+linear_product = compiled("linear_product")
 
 _IDENTITY = number("linear", None)
 _AS_IS = (1.0, 0.01)  # the scale and the slope of bias_act
@@ -22,6 +24,16 @@ def linear_reference(x: Tensor, w: Tensor, b: Tensor | None, act: int) -> Tensor
     return activate(product if b is None else product + wide(b), act).to(x.dtype)
 
 
+@torch.library.register_fake("fusegrad::linear_product")
+def _(x, w, b):
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x w^T + b, which torch.compile shall see as what it is."""
+    return F.linear(x, w, b) if torch.compiler.is_compiling() else linear_product(x, w, b)
+
+
 class LinearFn(Function):
     op = "linear"
     reference = staticmethod(linear_reference)
@@ -30,8 +42,8 @@ class LinearFn(Function):
     @staticmethod
     def forward(x, w, b, act):
         if act == _IDENTITY:
-            return F.linear(x, w, b), None
-        product = F.linear(x, w)
+            return _product(x, w, b), None
+        product = _product(x, w)
         return bias_act_fwd(product, b, act, *_AS_IS, product.dim() - 1), product
 
     @staticmethod
@@ -65,12 +77,13 @@ def _backward(ctx, samples, dy):
         elif of_all:
             _, db = bias_act_bwd(dy, dy, b, act, *_AS_IS, dy.dim() - 1, (False, True))
         if of_x:
-            dx = dz.matmul(w)
+            dx = _product(dz, w.t())
         if of_w or (of_b and samples):
             rows = math.prod(x.shape[len(samples) : -1])
             dz = dz.reshape(*samples, rows, w.shape[0])
         if of_w:
-            dw = dz.mT @ x.reshape(*samples, rows, w.shape[1])
+            dzt, xt = dz.mT, x.reshape(*samples, rows, w.shape[1]).mT
+            dw = dzt @ xt.mT if samples else _product(dzt, xt)
         if of_b and samples:
             db = dz.sum(-2)
     return dx, dw, db, None
