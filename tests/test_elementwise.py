@@ -327,8 +327,12 @@ def test_mlp_trains_like_torchs_layers(recompute):
     assert ours.state_dict().keys() == {f"{i}.{k}" for i in range(3) for k in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("make", (lambda r: nn.MLP((64, 256, 256, 64), "gelu", recompute=r), lambda r: nn.GatedMLP(64, 256, recompute=r)))
-def test_recompute_keeps_no_hidden_activation(make):
+MLPS = ((lambda r: nn.MLP((64, 256, 256, 64), "gelu", recompute=r), 2 * 2), (lambda r: nn.GatedMLP(64, 256, recompute=r), 3))
+
+
+@pytest.mark.parametrize("make, values", MLPS, ids=("MLP", "GatedMLP"))
+def test_what_is_kept_for_the_backward(make, values):
+    """So many values of each hidden unit and row, as docs/elementwise.md says; with recompute none."""
     torch.manual_seed(0)
     kept, results = [], []
     state = None
@@ -344,7 +348,7 @@ def test_recompute_keeps_no_hidden_activation(make):
         kept.append(net)
         results.append((y, *torch.autograd.grad(y, [x, *mlp.parameters()], torch.ones_like(y))))
     hidden = 32 * 256 * 4
-    assert kept[0] >= 2 * hidden and kept[1] <= hidden / 8
+    assert kept[0] == values * hidden and kept[1] <= hidden / 8
     torch.testing.assert_close(*results)
 
 

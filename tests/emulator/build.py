@@ -90,7 +90,7 @@ def extension():
     sources = [(f, host) for f in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/host").glob("*.cpp"))]]
     sources += [(f, host) for f in ops if not f.name.endswith("_cpu.cpp")]
     wish = os.environ.get("FUSEGRAD_EMULATOR_SANITIZE")
-    sanitize = [f"-fsanitize={wish}"] if wish else []
+    sanitize = [f"-fsanitize={wish}", "-O1"] if wish else []
     folder = BUILD / "-".join(filter(None, (torch.__version__, wish)))
     sources += [(f, [*EMULATED, *include, *sanitize]) for f in [*sorted((ROOT / "csrc/ops").glob("*_cuda.cu")), HERE / "entry.cpp"]]
     link = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", *sanitize]
