@@ -60,9 +60,11 @@ def test_emulator_under_asan_catches_out_of_bounds():
 @pytest.mark.slow
 @pytest.mark.rotating(2)
 def test_emulated_kernels_under_asan():
-    """Every path of the drivers in every dtype, on tensors that end where their memory ends."""
+    """Every op in every size of element, on tensors that end where their memory ends."""
     runtime = subprocess.run([build.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
     environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "FUSEGRAD_EMULATOR_SANITIZE": "address"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "paths and (contiguous or strided)"]
+    # float16 is as wide as bfloat16.
+    chosen = "paths and (contiguous or strided) and not (float16-float and not bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "--all", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run([*command, str(build.HERE.parent / "test_emulated.py")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, (done.stdout + done.stderr)[-3000:]
