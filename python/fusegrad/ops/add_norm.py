@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._autograd import Function, differentiable
 from .._op import Op, Sample, check_normalized_shape, check_tensor, compiled, overridable, real, wide, wide_dtype
-from .dropout import draw_seed, dropout_bwd, factor, probability
+from .dropout import draw_seed, dropout_bwd, dropped, probability
 from .layer_norm import LayerNorm, layer_norm_reference, saved_bytes
 from .rms_norm import RMSNorm, rms_norm_reference, rms_options
 
@@ -18,8 +18,8 @@ add_norm_bwd = compiled("add_norm_bwd")
 
 
 def _sum(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    dropped = wide(x) if seed is None else wide(x) * factor(x, seed, p)
-    return (dropped + wide(residual)).to(x.dtype)
+    x_ = wide(x) if seed is None else dropped(wide(x), seed, p)
+    return (x_ + wide(residual)).to(x.dtype)
 
 
 def add_rms_norm_reference(x, residual, w, seed, dims, eps, offset, cast_first, p) -> tuple[Tensor, Tensor]:

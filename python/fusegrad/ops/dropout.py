@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, is_traced, overridable, real, wide, wide_dtype
+from .._op import Op, Sample, check_tensor, compiled, overridable, real, wide
 
 dropout_fwd = compiled("dropout_fwd")
 dropout_bwd = compiled("dropout_bwd")
@@ -19,20 +19,20 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (), device=x.device)
 
 
-def factor(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """What dropout multiplies x by, of the dtype that x is computed in."""
-    if is_traced():  # torch's own bits: ours would be of the size at hand, whatever comes later
-        return F.dropout(torch.ones_like(x, dtype=wide_dtype(x)), p)
-    return dropout_mask(seed, x.shape, p).to(wide_dtype(x)) * (1 / (1 - p) if p < 1 else 0.0)
+def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """What dropout makes of x, which has the dtype to compute in."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # torch's own bits: ours would be of the size at hand, if a graph had them
+        return F.dropout(x, p)
+    return x * (dropout_mask(seed, x.shape, p).to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0))
 
 
 def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return (wide(x) * factor(x, seed, p)).to(x.dtype)
+    return dropped(wide(x), seed, p).to(x.dtype)
 
 
 def bias_dropout_add_reference(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor, p: float) -> Tensor:
     biased = wide(x) if bias is None else wide(x) + wide(bias)
-    return (wide(residual) + (biased if p == 0 else biased * factor(x, seed, p))).to(x.dtype)
+    return (wide(residual) + (biased if p == 0 else dropped(biased, seed, p))).to(x.dtype)
 
 
 @torch.library.register_fake("fusegrad::dropout_mask")

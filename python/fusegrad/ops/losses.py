@@ -86,7 +86,12 @@ def sigmoid_focal_loss_reference(x, target, w, pos, kind, a, b, log_target, redu
 
 def kl_div_reference(x, target, w, pos, kind, a, b, log_target, reduction, wide_out):
     x_, t = _both(x, target)
-    loss = torch.exp(t) * (t - x_) if log_target else torch.xlogy(t, t) - t * x_
+    if log_target:
+        loss = torch.exp(t) * (t - x_)
+    elif torch.onnx.is_in_onnx_export():  # the older exporter has no xlogy
+        loss = t * torch.log(torch.where(t == 0, 1, t)) - t * x_
+    else:
+        loss = torch.xlogy(t, t) - t * x_
     return _reduced(loss, x, w, reduction, wide_out)
 
 
