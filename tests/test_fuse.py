@@ -4,10 +4,15 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as TF
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fusegrad
 from fusegrad import nn
@@ -608,6 +613,95 @@ def test_no_module(op):
     scripted = torch.jit.script(torch.nn.Sequential(torch.nn.LayerNorm(4)))
     with pytest.raises(TypeError, match=f"{op.__name__}: model must not be scripted"):
         op(scripted)
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ("", "2"))
+@pytest.mark.parametrize("dry_run", (False, True))
+def test_e3_what_fully_shard_was_given_is_refused(part, dry_run, mesh):
+    """As a whole, though only a part of it is sharded."""
+    model = model_of_each()
+    fully_shard(model.get_submodule(part), mesh=mesh)
+    before = whole(model)
+    text = f"fuse: model must not be sharded already (fuse it before fully_shard), got FSDP{'Written at 2' if part else 'Sequential'}"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        fusegrad.fuse(model, dry_run=dry_run)
+    assert whole(model) == before
+
+
+def shard(model, mesh):
+    fusegrad.fuse(model)
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def wrap(model, of=lambda parallel: parallel):
+    parallel = DistributedDataParallel(model)
+    fusegrad.fuse(of(parallel))
+    return parallel
+
+
+WAYS = {
+    "before fully_shard": shard,
+    "before DistributedDataParallel": lambda model, mesh: fusegrad.fuse(model) and DistributedDataParallel(model),
+    "after DistributedDataParallel": lambda model, mesh: wrap(model),
+    "its module": lambda model, mesh: wrap(model, lambda parallel: parallel.module),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_e3_fused_models_in_parallel(way, mesh):
+    """Three steps are those of the plain model."""
+    plain = model_of_each().double()
+    parallel = WAYS[way](copy.deepcopy(plain), mesh)
+    x, losses = torch.randn(8, 6, dtype=torch.float64), []
+    assert any(isinstance(m, nn.Linear) and m.activation for m in parallel.modules())
+    for model in (plain, parallel):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(3):
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    torch.testing.assert_close(losses[3:], losses[:3])
+
+
+@pytest.mark.parametrize("activation", (None, "relu"))
+def test_what_torch_makes_of_a_batch_norm(activation):
+    """torch's conversions copy what its own layer has: they are right without an activation, and lose it, as the docs say. What fuse
+    has joined is whole again after unfuse, and then converted."""
+    conv, norm = torch.nn.Conv2d(3, 6, 3).eval(), nn.BatchNorm2d(6, activation=activation).eval()
+    with torch.no_grad():
+        for t in (*norm.parameters(), *norm.buffers()):
+            t.copy_(torch.rand(t.shape) + 0.5)
+    x = torch.randn(2, 3, 8, 8)
+    expected, plain = norm(conv(x)), torch.nn.BatchNorm2d(6).eval()
+    plain.load_state_dict(norm.state_dict())
+    before = plain(conv(x))
+    torch.testing.assert_close(before if activation is None else before.relu(), expected)
+    for convert in CONVERSIONS:
+        torch.testing.assert_close(convert(conv, norm)(x), before)
+
+        model = torch.nn.Sequential(conv, plain, torch.nn.ReLU()).eval()
+        y = model(x)
+        fusegrad.fuse(model)
+        fusegrad.unfuse(model)
+        torch.testing.assert_close(model[2](convert(*model[:2])(x)), y)
+
+
+CONVERSIONS = (
+    fuse_conv_bn_eval,
+    lambda conv, norm: torch.nn.Sequential(conv, torch.nn.SyncBatchNorm.convert_sync_batchnorm(norm)),
+)
 
 
 def test_parts_that_cannot_be_changed_say_why():

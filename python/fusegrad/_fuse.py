@@ -6,6 +6,7 @@ What is recognised, and what replaces it, is in `_fuse_rules`."""
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,6 +109,17 @@ def _check(op: str, model) -> None:
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {model if isinstance(model, type) else type(model).__name__}")
 
 
+def _check_whole(model: Module) -> None:
+    """Raises for one that fully_shard was given: it has made a class of each module's own, which would no longer be the one it looks for.
+    Its package is slow to import, and imported where there is such a model."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(getattr(package, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(package, name))
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            where = f"{type(module).__name__}{name and ' at '}{name}"
+            raise TypeError(f"fuse: model must not be sharded already (fuse it before fully_shard), got {where}")
+
+
 def _names(model: Module) -> Iterator[tuple[Module, tuple[str, ...]]]:
     """Each module once, with all of its names; nothing within a scripted one."""
     found: dict[Module, list[str]] = {}
@@ -128,7 +140,8 @@ def fuse(model: Module, *, dry_run: bool = False) -> Report:
     and values of the state dict, ties, shared modules and optimizers do not notice.
 
     Args:
-        model: any Module, on any device (meta too), trained or not. Not a scripted one.
+        model: any Module, on any device (meta too), trained or not; also one within DistributedDataParallel. Not a scripted one, nor
+            one that `fully_shard` was given: fuse before it.
         dry_run: change nothing, only report.
 
     Returns:
@@ -136,8 +149,8 @@ def fuse(model: Module, *, dry_run: bool = False) -> Report:
         shows a table.
 
     Raises:
-        TypeError: no Module, or a scripted one. ValueError: nothing to replace, with the reasons; not with `dry_run`. The model is
-        changed as a whole or not at all.
+        TypeError: no Module, or a scripted or sharded one. ValueError: nothing to replace, with the reasons; not with `dry_run`. The
+        model is changed as a whole or not at all.
 
     Example::
 
@@ -151,6 +164,7 @@ def fuse(model: Module, *, dry_run: bool = False) -> Report:
     from ._fuse_rules import plan  # with all layers, which import this module
 
     _check("fuse", model)
+    _check_whole(model)
     names = dict(_names(model))
     changes, reasons = plan(names)
     replaced = [(m, Entry(names[m][0], c.layer, by=c.by, also=names[m][1:])) for m, c in changes.items()]
