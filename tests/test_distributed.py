@@ -1,9 +1,11 @@
 """E1 to E4: data, model and tensor parallelism over two processes (gloo), and checkpoints, equal one process without them."""
 
 import copy
+import itertools
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ import fusegrad.functional as fused
 import processes
 from fusegrad import nn
 from fusegrad._op import OPS, Sample
-from table import DEVICE, F32, F64, call, check, cotangents, diffable, draw, names, tensors
+from table import DEVICE, F32, F64, call, check, cotangents, diffable, draw, names, run, tensors
 
 CLASSES = 12
 
@@ -101,8 +103,17 @@ def same_training(model, rank, world, of_part=lambda t: t):
 
 def close(found, expected):
     """In float64, where another order of a sum shows in the last digits."""
-    found, expected = ([t.cpu() for t in (x if isinstance(x, list) else [x])] for x in (found, expected))
+    found, expected = ([t.detach().cpu() for t in (x if isinstance(x, list) else [x])] for x in (found, expected))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    for a, b in zip(found, expected):
+        processes.note(a, b)
+
+
+@pytest.fixture(autouse=True)
+def _figures(request):
+    processes.SEEN.clear()
+    yield
+    processes.report(request.node.name, len(processes.SEEN), max(processes.SEEN, default=0.0))
 
 
 # --- data parallelism -----------------------------------------------------------------------------------------------------------
@@ -171,6 +182,9 @@ def the_table(turn, rank, world):
                     check(op, sample, results, cotangent)
                 except AssertionError as error:
                     raise AssertionError(f"{op.name}, sample {name}") from error
+                expected = run(op, sample, cotangent)
+                for what, t in results.items():
+                    processes.note(t.nan_to_num(), expected[what].nan_to_num())
 
 
 def e3_dtensor_0(rank, world):
@@ -314,6 +328,34 @@ def e3_tensor_and_sequence_parallel(rank, world):
     close([whole(p.grad) for p in model.parameters()], [p.grad for p in expected.parameters()])
 
 
+def e3_row_parallel_with_an_activation(rank, world):
+    """What each process has is a summand of the product: the activation is of the sum, wherever the result is to be."""
+    mesh, x = init_device_mesh(DEVICE, (world,)), torch.randn(4, 8, dtype=F64, device=DEVICE)
+    for activation, bias, layout in itertools.product(("gelu", "relu", None), (True, False), (Replicate(), Shard(0), Shard(1))):
+        layer = nn.Linear(8, 6, bias=bias, activation=activation, device=DEVICE, dtype=F64)
+        split = parallelize_module(copy.deepcopy(layer), mesh, RowwiseParallel(output_layouts=layout, use_local_output=False))
+        results = []
+        for linear, given in ((split, distribute_tensor(x, mesh, [Shard(1)])), (layer, x.clone())):
+            y = linear(given.requires_grad_())
+            results.append([whole(t) for t in (y, *torch.autograd.grad(y.square().sum(), (given, *linear.parameters())))])
+        close(*results)
+
+
+def e3_linear_of_any_placement(rank, world):
+    """Input, weight and bias, each split or whole: one result, and every gradient."""
+    mesh = init_device_mesh(DEVICE, (world,))
+    tensors = [torch.randn(shape, dtype=F64, device=DEVICE) for shape in ((8, 6), (4, 6), (4,))]
+    some, of_bias = (Replicate(), Shard(0), Shard(1)), (Replicate(), Shard(0))
+    for activation in (None, "silu"):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        expected = fused.linear(*leaves, activation=activation)
+        right = [expected, *torch.autograd.grad(expected.square().sum(), leaves)]
+        for placements in itertools.product(some, some, of_bias):
+            split = [distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in zip(tensors, placements)]
+            y = fused.linear(*split, activation=activation)
+            close([whole(t) for t in (y, *torch.autograd.grad(y.square().sum(), split))], right)
+
+
 def e3_linear_cross_entropy_of_tokens(rank, world):
     mesh = init_device_mesh(DEVICE, (world,))
     x, w, target = torch.randn(9, 8, dtype=F64), torch.randn(8, 8, dtype=F64), torch.randint(8, (9,))
@@ -371,7 +413,11 @@ def e3_refusals(rank, world):
     unknown._spec = copy.copy(unknown._spec)
     unknown._spec.placements = (Placement(),)
     elsewhere = distribute_tensor(torch.randn(8, 8), init_device_mesh(DEVICE, (1, world)), [Replicate()] * 2)
+    copied, bias = (distribute_tensor(t, mesh, [p]) for t, p in ((torch.randn(8, 8), Replicate()), (torch.randn(8), Shard(0))))
+    biased = "linear_token_log_probs: linear_bias must not be sharded (gather it first"
     for case, text in (
+        (lambda: fused.linear_token_log_probs(x, copied, labels, linear_bias=bias), biased),
+        (lambda: fused.linear_cross_entropy(x, copied, labels, linear_bias=bias), biased.replace("token_log_probs", "cross_entropy")),
         (lambda: fused.linear_cross_entropy(x, w, labels), "linear_cross_entropy: linear_weight must not be sharded (gather it first"),
         (lambda: fused.linear_cross_entropy(x.to_local(), w, labels.to_local()), "linear_cross_entropy: linear_weight must not be sharded"),
         (lambda: fused.vocab_parallel_cross_entropy(x, labels), "vocab_parallel_cross_entropy: there is no rule for a DTensor, got"),
@@ -398,6 +444,8 @@ CHECKS = (
     e3_dtensor_second_order,
     e3_dropout_of_parts,
     e3_tensor_and_sequence_parallel,
+    e3_row_parallel_with_an_activation,
+    e3_linear_of_any_placement,
     e3_linear_cross_entropy_of_tokens,
     e3_compiled,
     e3_transforms,
@@ -459,20 +507,48 @@ def printed(text):
     return [float(loss) for loss in re.findall(r"loss (\S+),", text)]
 
 
-@pytest.mark.parametrize("parallel", [pytest.param(p, marks=pytest.mark.rotating(i)) for i, p in enumerate(("ddp", "fsdp", "tensor"))])
-def test_example(parallel, monkeypatch, capsys, tmp_path):
-    """Two processes, which it starts itself, have the losses of one; printed with five digits."""
-    command = [sys.executable, EXAMPLE, *SMALL, "--parallel", parallel]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.startswith("2 processes"), done.stdout + done.stderr
-    losses = printed(done.stdout)
-    one = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0)  # as torchrun sets them
-    for name, value in one.items():
+@pytest.fixture
+def losses_of_one(monkeypatch, capsys):
+    """Of the example in one process: this one, as torchrun would start it. Printed with five digits."""
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "argv", [EXAMPLE, *SMALL])
     runpy.run_path(EXAMPLE, run_name="__main__")
-    assert losses == pytest.approx(printed(capsys.readouterr().out), abs=2e-5)
+    monkeypatch.undo()
+    losses = printed(capsys.readouterr().out)
     assert len(losses) == 2 and losses[1] < losses[0] - 0.1
+    return pytest.approx(losses, abs=2e-5)
+
+
+def started(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("parallel", [pytest.param(p, marks=pytest.mark.rotating(i)) for i, p in enumerate(("ddp", "fsdp", "tensor"))])
+def test_example(parallel, losses_of_one):
+    """Two processes, which it starts itself, have the losses of one."""
+    process = started(EXAMPLE, *SMALL, "--parallel", parallel)
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.startswith("2 processes"), out + err
+    assert printed(out) == losses_of_one
+
+
+@pytest.mark.rotating(1)
+def test_e1_example_on_two_nodes(losses_of_one):
+    """Two agents of torchrun, as on two machines: they find each other by the address of the first, and so do their processes."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    torchrun = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=localhost", f"--master-port={port}")
+    nodes = [started(*torchrun, f"--node-rank={rank}", EXAMPLE, *SMALL, "--parallel", "fsdp") for rank in range(2)]
+    try:
+        said = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()  # one that waits for an agent that is gone
+    assert [node.returncode for node in nodes] == [0, 0] and said[0][0].startswith("2 processes"), said
+    assert printed(said[0][0]) == losses_of_one and printed(said[1][0]) == []
 
 
 @pytest.mark.parametrize(
