@@ -1,10 +1,13 @@
 """Ops from outside: loaded, held to the contract, and refused where they are wrong. The two of examples/custom_op serve for most."""
 
+import functools
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -302,6 +305,54 @@ def test_several_results(tmp_path):
     report = check(op, reference, lambda make: [(make(5, 33), make(5, 33))], only=some)
     report.raise_for_failures()
     assert report["unused_results"].outcome == "pass"
+
+
+CUBED_RELU = """\
+#include <fusegrad.h>
+
+namespace fusegrad {
+struct CubedReluFwd : MapOp {
+  static constexpr int in = 1, out = 1;
+  template <class A>
+  FUSEGRAD_FN void map(const In<CubedReluFwd, A>& in, Out<CubedReluFwd, A>& out) const {
+    const A r = larger(in.x[0], A(0));
+    out.y[0] = r * r * r;
+  }
+};
+struct CubedReluBwd : MapOp {
+  static constexpr int in = 2, out = 1;
+  template <class A>
+  FUSEGRAD_FN void map(const In<CubedReluBwd, A>& in, Out<CubedReluBwd, A>& out) const {
+    const A r = larger(in.x[0], A(0));
+    out.y[0] = in.x[1] * A(3) * r * r;
+  }
+};
+}  // namespace fusegrad
+"""
+A_FEW = functools.partial(check, only=["values_and_gradients", "layouts", "gradgradcheck"])
+
+
+@pytest.mark.rotating(0)
+def test_the_example_of_the_docstring(tmp_path, monkeypatch):
+    (tmp_path / "cubed_relu.h").write_text(CUBED_RELU)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    monkeypatch.setattr(fusegrad.testing, "check", A_FEW)  # the others are those of any map op
+    scope = dict(fusegrad=fusegrad)
+    exec(textwrap.dedent(inspect.getdoc(fusegrad.extension.load).split("Example::\n")[1]), scope)
+    assert scope["cubed"](torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0.0, 0.0, 8.0]
+
+
+@pytest.mark.rotating(1)
+def test_the_example_as_it_is_started(monkeypatch, capsys):
+    """What it says of each op: the properties, and time and memory beside torch code, of which the fused op keeps none."""
+    monkeypatch.setattr(custom_op, "check", A_FEW)
+    custom_op.main()
+    said = capsys.readouterr().out
+    measured = re.findall(r"^(\w+) of 2048 x 2048 on \w+, (\w+): [\d.]+ ms forward and backward, (\d+) MB kept$", said, re.M)
+    assert [words[:2] for words in measured] == [(name, what) for name in NAMES for what in ("fused", "torch")]
+    assert all(int(kept) == 0 if what == "fused" else int(kept) > 0 for _, what, kept in measured)
+    assert said.count("3 pass, 0 fail") == 2
 
 
 @pytest.mark.rotating(2)
