@@ -181,6 +181,22 @@ def test_what_each_style_breaks(style):
         assert "strides [" in finding.example and finding.detail and finding.trace
 
 
+def table_of_styles():
+    """What docs/testing.md shows of them: a row for each property that one of them breaks."""
+    rows = [["property", *(style.replace("_", " ") for style in STYLES)], ["---"] * (1 + len(STYLES))]
+    broken = set().union(*FAILS.values())
+    rows += [[f"`{name}`", *("fails" if name in FAILS[style] else "" for style in STYLES)] for name in PROPERTIES if name in broken]
+    rows.append(["of these", *(str(len(FAILS[style])) for style in STYLES)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_g4_the_docs_show_what_each_style_breaks():
+    page = (ROOT / "docs" / "testing.md").read_text()
+    assert f"\n\n{table_of_styles()}\n" in page, table_of_styles()
+    for style in STYLES:
+        assert f"**{style.replace('_', ' ')}**" in page
+
+
 def test_counter_examples_name_the_error_and_the_call():
     report = check(NaiveCube.apply, *CUBE, only=["gradient_penalty", "values_and_gradients"])
     finding = report["gradient_penalty"]
