@@ -161,9 +161,7 @@ def test_f1_training_mode(module, args):
 @pytest.mark.parametrize(
     "module", (nn.Dropout(0.25), nn.BiasDropoutAdd(50, p=0.25), nn.AddLayerNorm(50, p=0.25)), ids=lambda m: type(m).__name__
 )
-@pytest.mark.parametrize(
-    "export", (lambda *call: legacy(*call, training=TrainingMode.PRESERVE), lambda *call: by_export(*call)), ids=("legacy", "by_export")
-)
+@pytest.mark.parametrize("export", (lambda *call: legacy(*call, training=TrainingMode.PRESERVE), by_export), ids=("legacy", "by_export"))
 def test_f1_dropout_in_training(module, export):
     """It is ONNX's operator, which draws its own bits, anew in each run; of zeros and ones the sum shows what it dropped."""
     args = (torch.ones(64, 50), torch.zeros(64, 50))[: 1 if isinstance(module, nn.Dropout) else 2]
@@ -190,6 +188,25 @@ def test_f1_exporter_on_torch_export():
     for given in (calls, tuple(other(m, args) for m, args in zip(chosen, calls))):
         compare(run(ran, flat(given)), flat(model(given)), "exporter on torch.export")
     compare(run(session(changed(plain, model)), flat(calls)), flat(model(calls)), "exporter on torch.export")
+
+
+def test_f1_running_statistics_of_an_export_in_training():
+    """The exporter runs the model: they move as those of torch's layer do, in either mode, and stand still without."""
+    x = torch.randn(6, 4)
+    for training in (TrainingMode.TRAINING, TrainingMode.PRESERVE, TrainingMode.EVAL):
+        layers = nn.BatchNorm1d(4, activation="relu").train(), torch.nn.BatchNorm1d(4).train()
+        for layer in layers:
+            legacy(layer, (x,), ["x"], {"x": (0,)}, training=training)
+        torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+        assert (layers[0].num_batches_tracked == 0) == (training is TrainingMode.EVAL)
+
+
+def test_f1_batch_norm_in_training_on_torch_export():
+    """A step by the statistics of the batch, of any size; those of the model stand still, as nothing runs it."""
+    layer, y = drawn(nn.BatchNorm1d(4, activation="relu")).train(), torch.randn(9, 4)
+    graph = by_export(layer, (torch.randn(6, 4),), ["x"], {"x": (0,)})
+    assert layer.num_batches_tracked == 0
+    compare(run(session(graph), (y,)), flat(layer(y)), "batch norm in training, exporter on torch.export")
 
 
 class Decoder(torch.nn.Module):
