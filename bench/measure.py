@@ -14,14 +14,14 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from report import PHASES
 
 import fusegrad
 from fusegrad import _C
 from fusegrad._op import Sample
 from fusegrad._samples import Make
-from fusegrad.testing.budget import budget_breach, reference
+from fusegrad.testing.budget import budget_breach, laid_out, reference
 
-PHASES = ("forward", "backward", "both")
 MOST_SETS = 64  # of inputs: a call of which so many fit into a cache is timed in it, or for what it costs the host
 
 
@@ -64,7 +64,7 @@ def machine(args) -> dict:
 def code_is_that_of(commit) -> bool:
     """Whether all that figures depend on is as it was committed then."""
     root = Path(__file__).resolve().parent.parent
-    changes = ("git", "diff", "--quiet", commit, "--", "csrc", "python", "setup.py", "bench/*.py")
+    changes = ("git", "diff", "--quiet", commit, "--", "csrc", "python", "setup.py", "bench/*.py", "examples/*.py")
     return bool(commit) and not subprocess.run(changes, capture_output=True, cwd=root).returncode
 
 
@@ -90,8 +90,8 @@ class Call:
         return torch.autograd.grad(outputs, list(self.leaves.values()), self.cotangents, **options)
 
 
-def prepare(op, dtype, rows, cols, device, seed) -> Call:
-    kwargs = op.bench(Make(dtype, device=device, seed=seed), rows, cols)
+def prepare(op, dtype, rows, cols, device, seed, layout="contiguous") -> Call:
+    kwargs = laid_out(Sample("bench", op.bench(Make(dtype, device=device, seed=seed), rows, cols)), layout).kwargs
     floating = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     call = Call(kwargs, {k: v.requires_grad_() for k, v in floating.items() if k not in op.constants})
     generator = torch.Generator().manual_seed(seed)
@@ -117,13 +117,23 @@ def bytes_moved(op, call) -> dict:
 
 
 def saved_bytes(f, call) -> int:
+    """Of what a backward keeps: what is saved for it, and what a Function holds in attributes of its context."""
     storages = {}
 
     def pack(t):
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()  # and keeps none: a result would hold itself for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call.forward(f)
+        outputs = call.forward(f)
+    nodes = {y.grad_fn for y in outputs} - {None}
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        for v in getattr(node, "__dict__", {}).values():
+            if isinstance(v, torch.Tensor):
+                pack(v)
+        queue += (fresh := {after for after, _ in node.next_functions} - nodes - {None})
+        nodes |= fresh
     return sum(storages.values())
 
 
@@ -247,13 +257,13 @@ def copying(nbytes, device, cache):
     return step
 
 
-def measure(op, dtype, rows, cols, sides, args) -> dict:
+def measure(op, dtype, rows, cols, layout, sides, args) -> dict:
     """One cell: every side in turn, on the same inputs."""
-    first = prepare(op, dtype, rows, cols, args.device, args.seed)
+    first = prepare(op, dtype, rows, cols, args.device, args.seed, layout)
     size, cache = sum(t.nbytes for t in first.tensors()), last_level_cache(args.device, args.threads)
     sets, moved = sets_of(size, cache), bytes_moved(op, first)
     calls = [first, *(copy.deepcopy(first) for _ in range(1, sets))]
-    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, gemm=bool(op.gemm))
+    cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, layout=layout, gemm=bool(op.gemm))
     cell |= dict(bytes=moved, rotated_bytes=sets * size, sides={name: {} for name in sides})
 
     def of_those_that_work(f, *more):

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import measure
+import report
 import torch
 from rich.table import Table
 from torch import nn
@@ -67,25 +69,58 @@ def step_of(make, layers, device):
     return step
 
 
-def main(args, console):
-    import measure
+NETWORKS = dict(gpt=gpt, mlp=mlp, conv=conv)
+SIDES = dict(native=torch, fusegrad=fusegrad)
 
-    table = Table("network", "torch.nn ms", "quartiles", "fusegrad ms", "quartiles", "ratio", title="a training step, median")
-    failed = False
-    for name, make in dict(gpt=gpt, mlp=mlp, conv=conv).items():
-        steps = [step_of(make, layers, args.device) for layers in (torch, fusegrad)]
-        native, own = ([step().item() for _ in range(3)] for step in steps)
-        if not all(abs(a - b) <= 1e-4 * abs(a) for a, b in zip(native, own)):  # float32, a few steps
-            table.add_row(name, "wrong: losses", f"{native}", f"{own}")
-            failed = True
-            continue
-        times = [[], []]
-        clocks = [measure.Clock(step, args.device) for step in steps]
-        for _ in range(max(args.rounds, 3)):
-            for t, clock in zip(times, clocks):
-                t.append(clock.seconds() * 1e3)
-        spreads = native, own = [measure.spread(t) for t in times]
-        shown = (text for s in spreads for text in (f"{s['median']:.1f}", f"{s['low']:.1f} – {s['high']:.1f}"))
-        table.add_row(name, *shown, f"{own['median'] / native['median']:.2f}")
-    console.print(table)
-    return failed
+
+def measured(name, args) -> dict:
+    """The seconds of a step of each side, in turn; none if their losses are not those of the same training."""
+    steps = {side: step_of(NETWORKS[name], layers, args.device) for side, layers in SIDES.items()}
+    losses = {side: [step().item() for _ in range(3)] for side, step in steps.items()}
+    difference = max(abs(a - b) / abs(a) for a, b in zip(*losses.values()))
+    network = dict(name=name, losses=losses, difference=difference, sides={})
+    if not difference <= 1e-4:  # float32, a few steps
+        return network | dict(wrong="losses")
+    clocks = {side: measure.Clock(steps[side], args.device) for side in args.sides}
+    times = {side: [] for side in clocks}
+    for _ in range(args.rounds):
+        for side, clock in clocks.items():
+            times[side].append(clock.seconds())
+    network["sides"] = {side: measure.spread(t) for side, t in times.items()}
+    if times.keys() == SIDES.keys():
+        network["ratio"] = network["sides"]["fusegrad"]["median"] / network["sides"]["native"]["median"]
+    return network
+
+
+def table(result, old=None) -> Table:
+    t = Table("network", "side", "ms", "quartiles", "ratio", *(["over old"] if old else []), title="a training step, median")
+    before = {network["name"]: network["sides"] for network in (old or {}).get("networks", ())}
+    for network in result["networks"]:
+        if "wrong" in network:
+            t.add_row(network["name"], "wrong", f"{network['wrong']}: {network['losses']}")
+        for side, s in network["sides"].items():
+            line = [network["name"], side, f"{s['median'] * 1e3:.1f}", f"{s['low'] * 1e3:.1f} – {s['high'] * 1e3:.1f}"]
+            line.append(f"{network['ratio']:.2f}" if side == "fusegrad" and "ratio" in network else "")
+            if was := before.get(network["name"], {}).get(side):
+                line.append(report.change(report.beside(s, was)))
+            t.add_row(*line)
+    return t
+
+
+def main(args, console, result, keep):
+    """Adds to the result, and keeps it after each network."""
+    interrupted = False
+    try:
+        for name in NETWORKS:
+            if not any(network["name"] == name for network in result["networks"]):
+                result["networks"].append(measured(name, args))
+                keep()
+    except KeyboardInterrupt:
+        interrupted = True
+        keep()
+    console.print(table(result, args.old))
+    console.print(f"{args.json}", highlight=False, markup=False)
+    if interrupted:
+        console.print(f"interrupted: {len(result['networks'])} of {len(NETWORKS)} networks were measured")
+        return 130
+    return any("wrong" in network for network in result["networks"])

@@ -1,6 +1,7 @@
 """Writes the tables of figures of the README and the docs from the newest results of a CPU run in bench/results/."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,17 +14,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(r"(<!-- figures(?: of ([\w ]+))?: python bench/readme.py -->\n).*?(<!-- end of figures -->\n)", re.S)
 
 
-def newest():
-    """The longest CPU run of the last day."""
-    runs = {path: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    runs = {path: run for path, run in runs.items() if "cells" in run and run["machine"].get("kind") != "cuda"}
-    if not runs:
-        raise SystemExit(f"no results of a CPU run in {RESULTS}: make one by bench/run.py --json")
-    return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path]["cells"])))
+def newest(recycled=False):
+    """The longest CPU run of the last day, of those with recycled memory or of those without; None if there is none."""
 
+    def asked_for(run):
+        machine = run.get("machine", {})
+        return "cells" in run and machine.get("kind") != "cuda" and bool(machine.get("recycled_memory")) == recycled
 
-def shape(cell):
-    return f"{cell['rows']} × {cell['cols']}"
+    runs = {path: run for path in RESULTS.glob("*.json") if asked_for(run := json.loads(path.read_text()))}
+    return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path]["cells"])), default=None)
 
 
 def folded(title, head, lines):
@@ -40,44 +39,61 @@ def short(cells):
     above, host, refused = {}, {}, {}
     for cell in cells:
         if (ratio := report.ratio(cell) or 0) > 0.95:
-            above.setdefault(cell["op"], {}).setdefault(cell["dtype"], []).append(f"{shape(cell)}: {ratio:.2f}")
-        if (found := report.host_cost(cell)) and found[0] > found[1] + report.HOST_MARGIN:
-            host.setdefault(cell["op"], {})[cell["dtype"]] = f"{found[0]:.0f} against {found[1]:.0f}"
+            above.setdefault(cell["op"], {}).setdefault(cell["dtype"], []).append(f"{report.shape(cell, ' × ')}: {ratio:.2f}")
+        for phase, own, best in report.host_excess(cell):
+            host.setdefault(cell["op"], {})[cell["dtype"], phase] = f"{own:.0f} against {best:.0f}"
         for side, s in cell["sides"].items():
             if "wrong" in s:
-                refused.setdefault((cell["op"], side, s["wrong"].partition(": relative")[0]), []).append(f"{cell['dtype']} {shape(cell)}")
+                what = s["wrong"].partition(": relative")[0]
+                refused.setdefault((cell["op"], side, what), []).append(f"{cell['dtype']} {report.shape(cell, ' × ')}")
     dtypes = ("float32", "bfloat16")
     title = "The cells above 0.95"
     yield from folded(title, ("op", *dtypes), [(op, *(", ".join(of.get(d, ())) for d in dtypes)) for op, of in above.items()])
-    title = f"Forward of the smallest shape more than {report.HOST_MARGIN} µs above the better of eager code and torch's own function"
-    yield from folded(title, ("op", *(f"{d}, µs" for d in dtypes)), [(op, *(of.get(d, "") for d in dtypes)) for op, of in host.items()])
+    title = f"Calls with the smallest shape more than {report.HOST_MARGIN} µs above the better of eager code and torch's own function"
+    columns = [(d, phase) for d in dtypes for phase in report.HOST_PHASES]
+    head = ("op", *(f"{d}, {report.HOST_PHASES[phase]}, µs" for d, phase in columns))
+    yield from folded(title, head, [(op, *(of.get(column, "") for column in columns)) for op, of in host.items()])
     title = "Sides that were not timed, as their result is wrong"
     yield from folded(title, ("op", "side", "what", "cells"), [(*key, ", ".join(where)) for key, where in refused.items()])
 
 
-def render(path, ops=()) -> str:
-    """Of these ops; of none that are named: of all."""
-    result = json.loads(path.read_text())
-    m, s = result["machine"], report.summary(result)
+def ratios(result, op, *dtypes):
+    return [r for c in result["cells"] if c["op"] == op and c["dtype"] in dtypes and (r := report.ratio(c)) is not None]
+
+
+def shown(value, digits=2) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def kernels_alone(result, path) -> str:
+    s = report.summary(result)
+    return f"Kernels alone, {result['machine']['date']}: {s['ratio']:.2f} over {s['cells']} cells, `bench/results/{path.name}`."
+
+
+def render(path, ops=(), recycled=None) -> str:
+    """Of these ops; of none that are named: of all. With a column of the run with recycled memory, where there is one."""
+    result, kernels = (p and json.loads(p.read_text()) for p in (path, recycled))
+    m, s, dtypes = result["machine"], report.summary(result), ("float32", "bfloat16")
     lines = [
         f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['date']}:",
         "fusegrad's time over that of the best of eager code, torch's own function and `torch.compile`, geometric mean over the",
         "shapes, and in the shape where it does worst; percent of the speed of a copy of as many bytes, where the inputs come",
         "from memory.",
+        *(["Kernels alone: the ratio in a run in which all sides have memory that is kept (`--recycle`)."] if kernels else []),
         "",
-        "| op | float32 | bfloat16 | worst | % of copy |",
-        "|---|---|---|---|---|",
+        f"| op | float32 | bfloat16 | worst | % of copy |{' kernels alone |' if kernels else ''}",
+        f"|---|---|---|---|---|{'---|' if kernels else ''}",
     ]
     for op in ops or dict.fromkeys(cell["op"] for cell in result["cells"]):
         cells = [cell for cell in result["cells"] if cell["op"] == op and report.ratio(cell) is not None]
         if not cells:
             continue
-        means = [report.geometric_mean(report.ratio(c) for c in cells if c["dtype"] == dtype) for dtype in ("float32", "bfloat16")]
         worst = max(cells, key=report.ratio)
-        large = report.geometric_mean(100 / report.of_copy(c) for c in cells if report.from_memory(c, m))
-        shown = [f"{value:.2f}" if value == value else "" for value in means]
-        shown.append(f"{worst['dtype']} {shape(worst)}: {report.ratio(worst):.2f}")
-        lines.append("| " + " | ".join([op, *shown, f"{large:.0f}" if large == large else ""]) + " |")
+        line = [op, *(shown(report.geometric_mean(ratios(result, op, dtype))) for dtype in dtypes)]
+        line.append(f"{worst['dtype']} {report.shape(worst, ' × ')}: {report.ratio(worst):.2f}")
+        line.append(shown(report.geometric_mean(100 / report.of_copy(c) for c in cells if report.from_memory(c, m)), 0))
+        line += [shown(report.geometric_mean(ratios(kernels, op, *dtypes)))] if kernels else []
+        lines.append(f"| {' | '.join(line)} |")
     if ops:
         return "\n".join(lines) + "\n"
     slower = ", ".join(s["bfloat16_slower"]).replace(" bfloat16", "")
@@ -89,16 +105,21 @@ def render(path, ops=()) -> str:
         "More than 100% of copy is possible where a backward finds in the caches what its forward read, or where results in large pages,",
         "or stores past the caches, beat those of the copy.",
         *filter(None, [report.fresh_memory(result)]),
+        *([kernels_alone(kernels, recycled)] if kernels else []),
         f"bfloat16 takes longer than float32, beyond the spread and products of matrices aside, in: {slower or 'no cell'}.",
+        *([f"Measured once more, as quartiles were more than a factor of two apart: {len(s['repeated'])} cells."] if s["repeated"] else []),
         *short(result["cells"]),
     ]
     return "\n".join(lines) + "\n"
 
 
 def updated(text) -> str:
+    if (path := newest()) is None:
+        raise SystemExit(f"no results of a CPU run in {RESULTS}: make one by bench/run.py --json")
+
     def figures(place):
         begin, ops, end = place.groups()
-        return begin + render(newest(), (ops or "").split()) + end
+        return begin + render(path, (ops or "").split(), newest(recycled=True)) + end
 
     return PLACE.sub(figures, text)
 

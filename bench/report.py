@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 from rich.markup import escape as plain
 from rich.table import Table
 
+PHASES = ("forward", "backward", "both")
 OTHERS = ("eager", "native", "compile")
 SMALL = 4096  # elements, of the smallest shape of each op: next to nothing
-HOST_MARGIN = 8  # µs that a forward of next to nothing may cost more than the better of eager and native
+HOST_MARGIN = 8  # µs that a call on next to nothing may cost more than the better of eager and native
+HOST_PHASES = {"forward": "forward", "both": "forward + backward"}
 
 
 def geometric_mean(values):
@@ -19,8 +21,17 @@ def geometric_mean(values):
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
+def layout(cell):
+    """Of its inputs; older results have only contiguous ones."""
+    return cell.get("layout", "contiguous")
+
+
+def shape(cell, times="x"):
+    return f"{cell['rows']}{times}{cell['cols']}" + (f" {layout(cell)}" if layout(cell) != "contiguous" else "")
+
+
 def name(cell):
-    return f"{cell['op']} {cell['dtype']} {cell['rows']}x{cell['cols']}"
+    return f"{cell['op']} {cell['dtype']} {shape(cell)}"
 
 
 def timed(cell):
@@ -50,11 +61,25 @@ def from_memory(cell, machine) -> bool:
     return cell["rotated_bytes"] > machine["last_level_cache_MB"] * 2**20
 
 
-def host_cost(cell):
-    """Microseconds of a forward that computes next to nothing, fusegrad's and those of the better of eager and native."""
-    others = [s["forward"]["median"] * 1e6 for side, s in timed(cell).items() if side in ("eager", "native")]
-    own = timed(cell).get("fusegrad")
-    return (own["forward"]["median"] * 1e6, min(others)) if own and others and cell["rows"] * cell["cols"] <= SMALL else None
+def host_us(cell, side, phase):
+    """Microseconds of a call, where it computes next to nothing; else None."""
+    s = timed(cell).get(side)
+    return s[phase]["median"] * 1e6 if s and cell["rows"] * cell["cols"] <= SMALL else None
+
+
+def host_excess(cell):
+    """(phase, fusegrad's microseconds, those of the better of eager and native) where it costs more, beyond the margin."""
+    for phase in HOST_PHASES:
+        own, *others = (host_us(cell, side, phase) for side in ("fusegrad", "eager", "native"))
+        best = min(filter(None, others), default=None)
+        if own and best and own > best + HOST_MARGIN:
+            yield phase, own, best
+
+
+def unsteady(cell) -> bool:
+    """Whether the quartiles of some side and phase are more than a factor of two apart."""
+    spreads = (s[phase] for s in timed(cell).values() for phase in PHASES)
+    return any(s["high"] > 2 * s["low"] for s in spreads)
 
 
 def slower_than(cell, twin) -> bool:
@@ -67,9 +92,8 @@ def summary(result) -> dict:
     cells = result["cells"]
     ratios = {name(c): r for c in cells if (r := ratio(c)) is not None}
     large = [of_copy(c) for c in cells if from_memory(c, result["machine"]) and of_copy(c)]
-    twins = {(c["op"], c["rows"], c["cols"]): c for c in cells if c["dtype"] == "float32"}
-    pairs = [(c, twins.get((c["op"], c["rows"], c["cols"]))) for c in cells if c["dtype"] == "bfloat16" and not c["gemm"]]
-    host = {name(c): found for c in cells if (found := host_cost(c))}
+    named = {name(c): c for c in cells}
+    pairs = [(c, named.get(name(c | dict(dtype="float32")))) for c in cells if c["dtype"] == "bfloat16" and not c["gemm"]]
     return dict(
         ratio=geometric_mean(ratios.values()),
         above=[f"{k}: {r:.2f}" for k, r in ratios.items() if r > 0.95],
@@ -77,9 +101,21 @@ def summary(result) -> dict:
         cells=len(ratios),
         large_cells=len(large),
         bfloat16_slower=[name(c) for c, twin in pairs if twin and slower_than(c, twin)],
-        host=[f"{k}: {own:.0f} against {other:.0f}" for k, (own, other) in host.items() if own > other + HOST_MARGIN],
+        host=[f"{name(c)} {HOST_PHASES[phase]}: {own:.0f} against {other:.0f}" for c in cells for phase, own, other in host_excess(c)],
+        repeated=[name(c) for c in cells if c.get("repeated")],
         wrong=[f"{name(c)} {side} ({s['wrong']})" for c in cells for side, s in c["sides"].items() if "wrong" in s],
     )
+
+
+def beside(new, old):
+    """(time over the older one, whether their quartiles overlap)."""
+    return new["median"] / old["median"], new["low"] <= old["high"] and old["low"] <= new["high"]
+
+
+def change(found) -> str:
+    """That as text: a star where it is more than the spread."""
+    over, same = found
+    return f"{over:.2f}{'' if same else '*'}"
 
 
 def over_old(result, old):
@@ -89,8 +125,7 @@ def over_old(result, old):
     for cell in result["cells"]:
         for side, s in timed(cell).items():
             if was := before.get(name(cell), {}).get(side):
-                a, b = s["both"], was["both"]
-                found[name(cell), side] = a["median"] / b["median"], a["low"] <= b["high"] and b["low"] <= a["high"]
+                found[name(cell), side] = beside(s["both"], was["both"])
     return found
 
 
@@ -102,15 +137,16 @@ def findings(result, old=None) -> list[tuple[str, list[str] | None]]:
         ("cells above 0.95", s["above"]),
         (f"time over that of a copy, inputs coming from memory: geometric mean {s['of_copy']:.2f} of {s['large_cells']} cells", None),
         ("bfloat16 slower than float32 beyond the spread, products of matrices aside", s["bfloat16_slower"]),
-        (f"forward in µs more than {HOST_MARGIN} above the better of eager and native", s["host"]),
+        (f"calls on next to nothing more than {HOST_MARGIN} µs above the better of eager and native", s["host"]),
+        ("measured once more, as quartiles were more than a factor of two apart", s["repeated"]),
         ("not timed", s["wrong"]),
         ("absent", [f"{peer} ({why})" for peer, why in result["absent"].items()]),
         ("  ".join(f"{k}: {v}" for k, v in m.items()), None),
     ]
     if old:
         times = over_old(result, old).values()
-        change = f"{sum(same for _, same in times)} of {len(times)} times within the quartiles"
-        found.insert(0, (f"beside the older run: {change}, geometric mean {geometric_mean(r for r, _ in times):.2f} of its times", None))
+        alike = f"{sum(same for _, same in times)} of {len(times)} times within the quartiles"
+        found.insert(0, (f"beside the older run: {alike}, geometric mean {geometric_mean(r for r, _ in times):.2f} of its times", None))
     return found
 
 
@@ -122,7 +158,7 @@ def ms(seconds):
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
-HEADER = ("cell", "side", "forward ms", "backward ms", "both ms", "quartiles", "GB/s", "% of copy", "saved MB", "peak MB", "ratio")
+HEADER = ("cell", "side", *(f"{phase} ms" for phase in PHASES), "quartiles", "GB/s", "% of copy", "saved MB", "peak MB", "host µs", "ratio")
 
 
 def header(old):
@@ -141,10 +177,10 @@ def rows(result, old=None):
             both, r = s["both"], ratio(cell) if side == "fusegrad" else None
             line = (first, side, ms(s["forward"]["median"]), ms(s["backward"]["median"]), ms(both["median"]))
             line += (f"{ms(both['low'])} – {ms(both['high'])}", f"{both['GB_s']:.1f}", f"{both['percent_of_copy']:.0f}")
-            line += (f"{s['saved'] / 1e6:.2f}", f"{s['peak'] / 1e6:.2f}", "" if r is None else f"{r:.2f}")
+            host = [f"{us:.0f}" for phase in HOST_PHASES if (us := host_us(cell, side, phase))]
+            line += (f"{s['saved'] / 1e6:.2f}", f"{s['peak'] / 1e6:.2f}", " / ".join(host), "" if r is None else f"{r:.2f}")
             if old:
-                change, same = changes.get((name(cell), side), (None, True))
-                line += ("" if change is None else f"{change:.2f}{'' if same else '*'}",)
+                line += (change(found) if (found := changes.get((name(cell), side))) else "",)
             yield line
 
 
@@ -158,11 +194,11 @@ def table(result, old=None) -> Table:
 
 
 def host_table(result) -> Table:
-    t = Table("op", "dtype", "side", "forward µs", "forward + backward µs", title="a call with (4, 64) inputs")
+    t = Table("cell", "side", *(f"{phase} µs" for phase in HOST_PHASES.values()), title="a call with next to nothing to compute")
     for cell in result["cells"]:
         for side, s in cell["sides"].items():
-            shown = (plain(s["wrong"]), "") if "wrong" in s else (f"{s[phase]['median'] * 1e6:.1f}" for phase in ("forward", "both"))
-            t.add_row(cell["op"], cell["dtype"], side, *shown)
+            shown = (plain(s["wrong"]), "") if "wrong" in s else (f"{s[phase]['median'] * 1e6:.1f}" for phase in HOST_PHASES)
+            t.add_row(name(cell), side, *shown)
     return t
 
 
@@ -217,12 +253,12 @@ def plots(result):
         here = {side: color for side, color in colors.items() if any(side in timed(c) for c in cells)}
         figure = Figure(figsize=(11, 3.2))
         bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
-        labels = [f"{c['dtype'].replace('float', 'f')} {c['rows']}×{c['cols']}" for c in cells]
+        labels = [f"{c['dtype'].replace('float', 'f')} {shape(c, '×')}" for c in cells]
         grouped_bars(bars, cells, here, percent_of_copy, labels)
         for side, color in here.items():
             per_length = {}
             for c in cells:
-                if side in timed(c) and c["dtype"] == cells[0]["dtype"]:
+                if side in timed(c) and (c["dtype"], layout(c)) == (cells[0]["dtype"], layout(cells[0])):
                     per_length.setdefault(c["cols"], []).append(percent_of_copy(c, side))
             lengths = sorted(per_length)
             lines.plot(lengths, [statistics.fmean(per_length[n]) for n in lengths], marker="o", label=side, color=color)

@@ -1,5 +1,6 @@
 """The bench: that it measures, refuses what is wrong, keeps what it has, and that the README shows what was measured."""
 
+import copy
 import importlib
 import io
 import itertools
@@ -26,8 +27,10 @@ sys.path.append(str(BENCH))
 
 import guard  # noqa: E402
 import measure  # noqa: E402
+import model  # noqa: E402
 import readme  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 import sides  # noqa: E402
 
 
@@ -42,10 +45,18 @@ def files(path):
     return "--json", path / "r.json", "--html", path / "r.html"
 
 
-def measured(op, peer):
+def measured(op, peer, layout="contiguous"):
     """A small cell with that function beside fusegrad's."""
     args = SimpleNamespace(device="cpu", seed=0, threads=1, rounds=2)
-    return measure.measure(op, torch.float32, 4, 8, dict(fusegrad=op.functional, peer=peer), args)
+    return measure.measure(op, torch.float32, 4, 8, layout, dict(fusegrad=op.functional, peer=peer), args)
+
+
+def refused(capsys, *args):
+    """What the command line says to these options."""
+    with pytest.raises(SystemExit) as end:
+        run.parse([str(a) for a in args])
+    assert end.value.code == 2
+    return capsys.readouterr().err
 
 
 def positive(value):
@@ -86,9 +97,91 @@ def test_compile_is_a_side(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.rotating(2)
-def test_training_steps():
-    done = bench("--model", "--rounds", "3", "--threads", "1")
-    assert done.returncode == 0 and "gpt" in done.stdout and "mlp" in done.stdout and "wrong" not in done.stdout, done.stderr
+def test_training_steps(tmp_path):
+    done = bench("--model", "--rounds", "3", "--threads", "1", "--json", tmp_path / "m.json")
+    assert done.returncode == 0 and "wrong" not in done.stdout, done.stderr
+    assert [network["name"] for network in json.loads((tmp_path / "m.json").read_text())["networks"]] == ["gpt", "mlp", "conv"]
+
+
+class Tiny(torch.nn.Module):
+    """A loss; off by a factor, for a network that must be refused."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.linear, self.factor = torch.nn.Linear(8, 8), factor
+
+    def forward(self, x):
+        return self.linear(x).square().mean() * self.factor
+
+
+def tiny(layers, device):
+    return Tiny(), torch.randn(4, 8)
+
+
+def steps(*args, old=None, networks=(), keep=None):
+    """(exit status, result, what was shown) of a run of `--model` with the networks that are registered."""
+    result, shown = dict(networks=list(networks)), io.StringIO()
+    args = run.parse(["--model", "--rounds", "4", *args])
+    args.old = old
+    status = model.main(args, Console(file=shown, width=150), result, keep or (lambda: None))
+    return status, result["networks"], shown.getvalue()
+
+
+def test_training_steps_are_written_compared_and_gone_on_with(monkeypatch):
+    monkeypatch.setattr(model, "NETWORKS", dict(a=tiny, b=lambda layers, device: (Tiny(1.0 + (layers is fusegrad)), tiny(layers, 0)[1])))
+    kept = []
+    status, (a, b), shown = steps(keep=lambda: kept.append(len(kept) + 1))
+    assert status == 1 and kept == [1, 2]
+    assert b["wrong"] == "losses" and b["difference"] == pytest.approx(1) and not b["sides"] and "wrong" in shown
+    assert list(a["sides"]) == ["native", "fusegrad"] and positive(a["sides"]) and a["difference"] == 0
+    assert a["ratio"] == a["sides"]["fusegrad"]["median"] / a["sides"]["native"]["median"]
+    assert json.loads(json.dumps(a)) == a
+
+    old = copy.deepcopy(a)
+    old["sides"]["native"] = {k: 2 * v for k, v in a["sides"]["native"].items()}
+    status, again, shown = steps(networks=[a, b], old=dict(networks=[old]))
+    assert again == [a, b] and "over old" in shown  # nothing was left to measure
+    assert re.search(r"native .* 0\.50", shown) and re.search(r"fusegrad .* 1\.00", shown)
+    (only,) = steps("--sides", "fusegrad", networks=[b])[1][1:]
+    assert list(only["sides"]) == ["fusegrad"] and "ratio" not in only
+
+
+def test_interrupted_training_steps_are_kept(monkeypatch):
+    def interrupt(layers, device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "NETWORKS", dict(a=tiny, b=interrupt))
+    kept = []
+    status, networks, shown = steps(keep=lambda: kept.append(1))
+    assert status == 130 and [network["name"] for network in networks] == ["a"] and kept
+    assert "interrupted: 1 of 2 networks" in shown
+
+
+@pytest.mark.parametrize(
+    "options", (("--ops", "rms_norm"), ("--dtypes", "float32"), ("--shapes", "4x4"), ("--layouts", "offset"), ("--host",), ("--html", "x"))
+)
+def test_options_that_do_not_go_with_training_steps(options, capsys):
+    assert f"does not go with {options[0]}" in refused(capsys, "--model", *options)
+
+
+def test_sides_of_training_steps(capsys):
+    assert "--sides are native, fusegrad" in refused(capsys, "--model", "--sides", "eager")
+    assert list(run.parse(["--model"]).sides) == ["native", "fusegrad"]
+
+
+def test_results_of_the_other_kind_are_refused(tmp_path, capsys):
+    cells, networks = tmp_path / "cells.json", tmp_path / "networks.json"
+    cells.write_text(json.dumps(dict(machine={}, cells=[])))
+    networks.write_text(json.dumps(dict(machine={}, networks=[])))
+    assert "is of a run with --model" in refused(capsys, "--compare", networks)
+    assert "is of a run with --model" in refused(capsys, "--resume", "--json", networks)
+    assert "is of a run without --model" in refused(capsys, "--model", "--compare", cells)
+    assert "is of a run without --model" in refused(capsys, "--model", "--resume", "--json", cells)
+    assert run.parse(["--model", "--compare", str(networks)]).old["networks"] == []
+
+
+def test_rounds_that_are_given_win():
+    assert [run.parse(args).rounds for args in ([], ["--quick"], ["--quick", "--rounds", "7"])] == [9, 3, 7]
 
 
 BROKEN = """
@@ -113,18 +206,22 @@ def test_g5_a_broken_kernel_is_not_timed(tmp_path):
 
 @pytest.mark.parametrize(
     "option, known",
-    (("--ops", "rms_norm"), ("--sides", "liger_kernel"), ("--dtypes", "bfloat16"), ("--shapes", "ROWSxCOLS"), ("--rounds", "from 1 on")),
+    (
+        ("--ops", "rms_norm"),
+        ("--sides", "liger_kernel"),
+        ("--dtypes", "bfloat16"),
+        ("--layouts", "row_strided"),
+        ("--shapes", "ROWSxCOLS"),
+        ("--rounds", "from 1 on"),
+    ),
 )
-def test_unknown_names_list_the_known_ones(option, known):
-    done = bench(option, "nonsense")
-    assert done.returncode == 2 and known in done.stderr and "Traceback" not in done.stderr
+def test_unknown_names_list_the_known_ones(option, known, capsys):
+    assert known in refused(capsys, option, "nonsense")
 
 
-def test_a_file_to_compare_with_that_is_not_there_or_another():
-    done = bench("--compare", "missing.json")
-    assert done.returncode == 2 and "there is no file missing.json" in done.stderr
-    done = bench("--compare", __file__)
-    assert done.returncode == 2 and "is not what --json writes" in done.stderr
+def test_a_file_to_compare_with_that_is_not_there_or_another(capsys):
+    assert "there is no file missing.json" in refused(capsys, "--compare", "missing.json")
+    assert "is not what --json writes" in refused(capsys, "--compare", __file__)
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
@@ -194,7 +291,8 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def test_code_is_that_of_a_commit():
     git = ("git", "-C", str(BENCH))
     head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True).stdout.strip()
-    clean = not subprocess.run((*git, "diff", "--quiet", "HEAD", "--", "../csrc", "../python", "../setup.py", "*.py")).returncode
+    code = ("../csrc", "../python", "../setup.py", "*.py", "../examples/*.py")
+    clean = not subprocess.run((*git, "diff", "--quiet", "HEAD", "--", *code)).returncode
     assert measure.code_is_that_of(head) == bool(head and clean)
     assert not measure.code_is_that_of("") and not measure.code_is_that_of("0" * 40)
 
@@ -216,6 +314,16 @@ def test_peers(tmp_path, monkeypatch):
     assert "quack" not in sides.sides_of(OPS["swiglu"], ("fusegrad", "quack"), installed)
     sys.modules.pop("quack")
     importlib.invalidate_caches()
+
+
+def test_torch_linear_cross_entropy():
+    """Its values, and that it keeps gradients: as attributes of a node, where hooks of saved tensors do not see them."""
+    op = OPS["linear_cross_entropy"]
+    peer = sides.peers("cpu")[0]["torch_linear_cross_entropy"]["linear_cross_entropy"]
+    call = measure.prepare(op, torch.float32, 96, 50, "cpu", 0)
+    assert measure.wrong(op, "peer", peer, call) is None
+    torch.testing.assert_close(call.forward(peer), call.forward(op.functional))
+    assert measure.saved_bytes(peer, call) >= sum(t.nbytes for t in call.leaves.values())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -289,6 +397,65 @@ def test_bytes_that_must_move(op, forward, backward):
     assert moved["both"] == moved["forward"] + moved["backward"]
 
 
+def test_inputs_that_are_not_contiguous():
+    """Every op gets them once; each call of the rotation has their strides, and their elements are counted as they are."""
+    cells = run.cells_of(run.parse(["--dtypes", "float32"]))
+    assert sorted((op, layout) for op, *_, layout in cells if layout != "contiguous") == sorted((op, "row_strided") for op in OPS)
+    assert {layout for *_, layout in run.cells_of(run.parse(["--shapes", "4x4"]))} == {"contiguous"}
+    assert len(list(run.cells_of(run.parse(["--ops", "exp", "--shapes", "4x4", "--layouts", "offset", "transposed"])))) == 4
+    for op in OPS.values():
+        call = measure.prepare(op, torch.float32, 64, 64, "cpu", 0, "row_strided")
+        plain = measure.prepare(op, torch.float32, 64, 64, "cpu", 0)
+        rows = next(t for t in call.tensors() if t.is_floating_point())
+        again = next(t for t in copy.deepcopy(call).tensors() if t.is_floating_point())
+        assert not rows.is_contiguous() and again.stride() == rows.stride() and again.requires_grad == rows.requires_grad
+        assert measure.wrong(op, "fusegrad", op.functional, call) is None
+        moved = measure.bytes_moved(op, call)
+        if op.name != "grad_reverse":  # a view
+            assert moved["forward"] == measure.bytes_moved(op, plain)["forward"] == moved["both"] - moved["backward"]
+
+
+def test_the_layout_is_part_of_what_a_cell_is():
+    strided, plain = (measured(OPS["exp"], torch.exp, layout) for layout in ("row_strided", "contiguous"))
+    assert strided["layout"] == "row_strided" and report.name(strided) == "exp float32 4x8 row_strided"
+    plain.pop("layout")  # as older results are
+    assert report.name(plain) == "exp float32 4x8"
+    assert not report.over_old(dict(cells=[strided]), dict(cells=[plain]))
+    assert report.over_old(dict(cells=[strided]), dict(cells=[strided])).keys() == {(report.name(strided), s) for s in ("fusegrad", "peer")}
+
+
+REPEATED = """
+import sys, measure, run
+calls = []
+def fake(op, dtype, rows, cols, layout, sides, args):
+    calls.append(rows)
+    figures = dict(median=2.0, low=1.0, high=4.0 if rows > 4 and len(calls) < 4 else 1.5, GB_s=1, percent_of_copy=1)
+    side = dict(forward=figures, backward=figures, both=figures, saved=0, peak=0)
+    what = dict(op=op.name, dtype=str(dtype)[6:], rows=rows, cols=cols, layout=layout, gemm=False, rotated_bytes=1)
+    return what | dict(sides=dict(fusegrad=side), copy=dict(both=figures), call=len(calls))
+measure.measure = fake
+measure.code_is_that_of = lambda commit: True
+sys.exit(run.main())
+"""
+
+
+def test_what_was_disturbed_is_measured_once_more(tmp_path):
+    """At the end, once; a run that goes on does so too, with what the one before it has left."""
+    command = ("--ops", "swiglu", "--dtypes", "float32", "--shapes", "4x4", "5x4", "6x4", *files(tmp_path))
+    done = bench(*command, code=REPEATED)
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert [(c["rows"], c["call"], c.get("repeated")) for c in cells] == [(4, 1, None), (5, 4, True), (6, 5, True)], done.stderr
+    assert "measured once more, as quartiles were more than a factor of two apart: swiglu float32 5x4, swiglu float32 6x4" in done.stdout
+    result = json.loads((tmp_path / "r.json").read_text())
+    del result["cells"][1]["repeated"]
+    for c in result["cells"][1:]:  # of which the second was repeated and is let be
+        c["sides"]["fusegrad"]["backward"]["high"] = 9.0
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    bench(*command, "--resume", code=REPEATED)
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert [(c["call"], c.get("repeated")) for c in cells] == [(1, None), (1, True), (5, True)]
+
+
 @pytest.mark.parametrize("size", (1, 10**6, 10**7, 10**9))
 def test_inputs_rotate_through_more_than_the_last_level_cache(size):
     cache = measure.last_level_cache("cpu", 2)
@@ -300,12 +467,29 @@ def test_inputs_rotate_through_more_than_the_last_level_cache(size):
 def test_the_results_shown_are_the_longest_of_the_last_day_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match="no results"):
-        readme.newest()
+        readme.updated("")
     runs = dict(a=("2026-01-02", "cpu", 2), b=("2026-01-02", "cpu", 1), c=("2026-01-03", "cuda", 9), d=("2026-01-01", "cpu", 9))
     for name, (date, kind, cells) in runs.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(dict(machine=dict(date=date, kind=kind), cells=[{}] * cells)))
     (tmp_path / "gpu.json").write_text("{}")
-    assert readme.newest().name == "a.json"
+    machine = dict(date="2026-01-04", kind="cpu", recycled_memory=True)
+    assert readme.newest(recycled=True) is None
+    (tmp_path / "r.json").write_text(json.dumps(dict(machine=machine, cells=[{}] * 20)))
+    assert (readme.newest().name, readme.newest(recycled=True).name) == ("a.json", "r.json")
+
+
+def test_a_run_with_recycled_memory_is_a_column(tmp_path):
+    """Beside the normal one, and only where there is one."""
+    path = readme.newest()
+    result = json.loads(path.read_text())
+    for cell in result["cells"]:
+        for s in report.timed(cell).values():
+            s["both"]["median"] = 1.0
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    assert "ernels alone" not in readme.render(path)
+    text = readme.render(path, (), tmp_path / "r.json")
+    assert re.search(r"^\| rms_norm \|.*\| 1\.00 \|$", text, re.M) and "Kernels alone, " in text and "1.00 over" in text
+    assert re.search(r"^\| rms_norm \|.*\| 1\.00 \|$", readme.render(path, ["rms_norm"], tmp_path / "r.json"), re.M)
 
 
 def test_the_tables_shown_are_of_the_newest_results():
@@ -338,7 +522,8 @@ def test_summary():
         cells=2,
         large_cells=2,
         bfloat16_slower=["a bfloat16 1x1"],
-        host=["a bfloat16 1x1: 4000010 against 4000000"],
+        host=[f"a bfloat16 1x1 {phase}: 4000010 against 4000000" for phase in ("forward", "forward + backward")],
+        repeated=[],
         wrong=["a float32 1x1 native (too far off)", "a bfloat16 1x1 native (too far off)"],
     )
     assert not report.summary(result | dict(cells=[cell("float32", 1.0), cell("bfloat16", 4.0, gemm=True)]))["bfloat16_slower"]
