@@ -1,7 +1,6 @@
 """The bench: that it measures, refuses what is wrong, keeps what it has, and that the README shows what was measured."""
 
 import copy
-import importlib
 import io
 import itertools
 import json
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,23 +297,77 @@ def test_code_is_that_of_a_commit():
     assert not measure.code_is_that_of("") and not measure.code_is_that_of("0" * 40)
 
 
-def test_peers(tmp_path, monkeypatch):
-    """One that is installed is a side of the ops it has; one that is not is listed with the reason."""
-    (tmp_path / "quack.py").write_text(
-        "import torch\ndef rmsnorm(x, weight, eps):\n    return torch.rms_norm(x, weight.shape, weight, eps)\n"
-    )
-    (tmp_path / "quack.py").open("a").write("cross_entropy = torch.nn.functional.cross_entropy\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert sides.peers("cpu")[1]["quack"] == "runs on cuda only"
+def rms_norm(x, w, b=None, residual=None, eps=1e-6, prenorm=False):
+    s = x if residual is None else x + residual
+    y = torch.rms_norm(s, w.shape, w, eps)
+    return (y, s) if prenorm else y
+
+
+def layer_norm(x, w, b, residual=None, eps=1e-6, prenorm=False):
+    s = x if residual is None else x + residual
+    y = torch.layer_norm(s, w.shape, w, b, eps)
+    return (y, s) if prenorm else y
+
+
+NN = torch.nn.functional
+# {peer: {module: {function: the same in torch, with the arguments that the peer documents}}}
+PEERS = dict(
+    quack={"quack": dict(rmsnorm=rms_norm, softmax=lambda x: x.softmax(-1), cross_entropy=NN.cross_entropy)},
+    flash_attn={
+        "flash_attn.losses.cross_entropy": dict(CrossEntropyLoss=torch.nn.CrossEntropyLoss),
+        "flash_attn.ops.activations": dict(swiglu=lambda x, y: NN.silu(x) * y),
+        "flash_attn.ops.triton.layer_norm": dict(layer_norm_fn=layer_norm, rms_norm_fn=rms_norm),
+    },
+    apex={
+        "apex.contrib.xentropy": dict(
+            SoftmaxCrossEntropyLoss=SimpleNamespace(
+                apply=lambda logits, labels, smoothing=0.0, padding_idx=0: NN.cross_entropy(
+                    logits, labels, ignore_index=padding_idx, label_smoothing=smoothing, reduction="none"
+                )
+            )
+        ),
+        "apex.normalization.fused_layer_norm": dict(
+            fused_layer_norm_affine=lambda input, weight, bias, normalized_shape, eps=1e-6: torch.layer_norm(
+                input, normalized_shape, weight, bias, eps
+            ),
+            fused_rms_norm_affine=lambda input, weight, normalized_shape, eps=1e-6: torch.rms_norm(input, normalized_shape, weight, eps),
+        ),
+    },
+    liger_kernel={
+        "liger_kernel.transformers.functional": dict(
+            liger_rms_norm=lambda X, W, eps, in_place=True: rms_norm(X, W, eps=eps),
+            liger_layer_norm=lambda X, W, B, eps: layer_norm(X, W, B, eps=eps),
+            liger_fused_add_rms_norm=lambda X, R, W, eps, in_place=True: rms_norm(X, W, None, R, eps, prenorm=True),
+            liger_group_norm=lambda X, w, b, num_channels, num_groups, eps: torch.group_norm(X, num_groups, w, b, eps),
+            liger_dyt=lambda x, alpha, gamma, beta: torch.tanh(x * alpha) * gamma + beta,
+            liger_swiglu=lambda a, b: NN.silu(a) * b,
+            liger_geglu=lambda a, b: NN.gelu(a, approximate="tanh") * b,
+            liger_softmax=lambda x: x.softmax(-1),
+            liger_cross_entropy=NN.cross_entropy,
+            liger_fused_linear_cross_entropy=lambda input, weight, target, bias=None: NN.cross_entropy(input @ weight.T, target),
+        )
+    },
+)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers(peer, monkeypatch):
+    """One that is installed is a side of the ops it has, called as it documents; one that is not is listed with the reason."""
+    assert f"No module named '{peer}" in sides.peers("cuda")[1][peer]
+    for module, functions in PEERS[peer].items():
+        *parents, _ = itertools.accumulate(module.split("."), "{}.{}".format)
+        for name in (*parents, module):
+            monkeypatch.setitem(sys.modules, name, sys.modules.get(name, types.ModuleType(name)))
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+    assert sides.peers("cpu")[1][peer] == "runs on cuda only"
     installed, absent = sides.peers("cuda")
-    assert "quack" in installed and "apex" in absent and "No module named" in absent["apex"]
-    functions = sides.sides_of(OPS["rms_norm"], ("fusegrad", "quack", "apex"), installed)
-    assert list(functions) == ["fusegrad", "quack"]
-    call = measure.prepare(OPS["rms_norm"], torch.float32, 5, 16, "cpu", 0)
-    assert measure.wrong(OPS["rms_norm"], "quack", functions["quack"], call) is None
-    assert "quack" not in sides.sides_of(OPS["swiglu"], ("fusegrad", "quack"), installed)
-    sys.modules.pop("quack")
-    importlib.invalidate_caches()
+    assert peer in installed and "xformers" in absent
+    for name in installed[peer]:
+        functions = sides.sides_of(OPS[name], ("fusegrad", peer, "xformers"), installed)
+        assert list(functions) == ["fusegrad", peer]
+        call = measure.prepare(OPS[name], torch.float32, 5, 16, "cpu", 0)
+        assert measure.wrong(OPS[name], peer, functions[peer], call) is None
+    assert peer not in sides.sides_of(OPS["exp"], ("fusegrad", peer), installed)
 
 
 def test_torch_linear_cross_entropy():

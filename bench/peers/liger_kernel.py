@@ -1,24 +1,29 @@
-"""Liger-Kernel: Triton kernels, for a GPU."""
+"""Liger-Kernel: Triton kernels, for a GPU. What a version lacks is refused there with what Python says. Its kl_div and jsd, which give
+the target no gradient, have no place beside ours."""
 
 DEVICES = ("cuda",)
 
 
 def load():
-    from liger_kernel.transformers.functional import liger_cross_entropy, liger_geglu, liger_rms_norm, liger_swiglu
+    import liger_kernel.transformers.functional as liger
+    from torch.nn.functional import silu
 
-    def rms_norm(input, normalized_shape, weight, eps):
-        return liger_rms_norm(input, weight, eps, in_place=False)
+    def group_norm(input, num_groups, weight, bias, activation):
+        return silu(liger.liger_group_norm(input, weight, bias, input.shape[1], num_groups, 1e-5))
 
-    def swiglu(gate):
-        return liger_swiglu(*gate.chunk(2, -1))
+    def add_rms_norm(input, residual, normalized_shape, weight, eps):
+        return liger.liger_fused_add_rms_norm(input, residual, weight, eps, in_place=False)
 
-    def geglu_tanh(gate):
-        return liger_geglu(*gate.chunk(2, -1))
-
-    # Cloned, as it writes the gradient over the logits.
+    # Cloned logits, as it writes the gradient over them.
     return dict(
-        rms_norm=rms_norm,
-        swiglu=swiglu,
-        geglu_tanh=geglu_tanh,
-        cross_entropy=lambda input, target: liger_cross_entropy(input.clone(), target),
+        rms_norm=lambda input, normalized_shape, weight, eps: liger.liger_rms_norm(input, weight, eps, in_place=False),
+        layer_norm=lambda input, normalized_shape, weight, bias: liger.liger_layer_norm(input, weight, bias, 1e-5),
+        add_rms_norm=add_rms_norm,
+        group_norm=group_norm,
+        dyt=lambda input, alpha, weight, bias: liger.liger_dyt(input, alpha, weight, bias),
+        swiglu=lambda gate: liger.liger_swiglu(*gate.chunk(2, -1)),
+        geglu_tanh=lambda gate: liger.liger_geglu(*gate.chunk(2, -1)),
+        softmax=lambda input, dim: liger.liger_softmax(input),
+        cross_entropy=lambda input, target: liger.liger_cross_entropy(input.clone(), target),
+        linear_cross_entropy=lambda input, linear_weight, target: liger.liger_fused_linear_cross_entropy(input, linear_weight, target),
     )
