@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import fusegrad
-from fusegrad._op import OPS
+from fusegrad._op import OPS, SHAPES
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 QUICK = ("--rounds", "2", "--threads", "1", "--shapes", "4x64", "33x40", "--dtypes", "float32")
@@ -449,6 +449,12 @@ def test_bytes_that_must_move(op, forward, backward):
     tensor = max(t.nbytes for t in call.tensors()) * halves
     assert [moved[phase] / tensor for phase in ("forward", "backward")] == pytest.approx([forward, backward], abs=0.05)
     assert moved["both"] == moved["forward"] + moved["backward"]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_sizes(op):
+    """From next to nothing to a tensor that no cache holds, tall and square between them."""
+    assert set(op.shapes) >= set(SHAPES[:5]) and max(rows * cols for rows, cols in op.shapes) * 4 >= 32 * 2**20
 
 
 def test_inputs_that_are_not_contiguous():

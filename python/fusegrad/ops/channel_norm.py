@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, overridable, real, wide, wide_dtype
+from .._op import SHAPES, Op, Sample, autocast, check_tensor, compiled, overridable, real, wide, wide_dtype
 
 channel_norm_fwd = compiled("channel_norm_fwd")
 channel_norm_bwd = compiled("channel_norm_bwd")
@@ -447,7 +447,7 @@ GROUP_NORM = Op(
     workspace=_cells,
     shards=lambda x, *_: (range(1, x.dim()), {}),
     bench=_group_norm_bench,
-    shapes=((2, 512), (64, 16384), (8, 1048576), (32, 262144)),
+    shapes=(*SHAPES, (2, 512), (64, 16384), (8, 1048576), (32, 262144)),
 )
 
 
@@ -474,5 +474,5 @@ BATCH_NORM = Op(
     # In training the statistics are those of the whole batch.
     shards=lambda x, w, b, r, mean, *_: (range(x.dim()) if mean is None else (), {i: (1,) for i in (1, 2, 4, 5)}),
     bench=_batch_norm_bench,
-    shapes=((4, 512), (64, 16384), (64, 65536), (32, 1048576)),
+    shapes=(*SHAPES, (4, 512), (64, 16384), (64, 65536), (32, 1048576)),
 )

@@ -10,7 +10,21 @@ from torch.nn import functional as F
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, real, reduction_of, wide, wide_dtype
+from .._op import (
+    SHAPES,
+    Op,
+    Sample,
+    Summed,
+    autocast,
+    check_constant,
+    check_tensor,
+    compiled,
+    overridable,
+    real,
+    reduction_of,
+    wide,
+    wide_dtype,
+)
 
 cross_entropy_fwd = compiled("cross_entropy_fwd")
 cross_entropy_bwd = compiled("cross_entropy_bwd")
@@ -339,5 +353,5 @@ CROSS_ENTROPY = Op(
     shards=lambda x, *_: ((min(1, x.dim() - 1),), {1: [d for d in range(x.dim()) if d != min(1, x.dim() - 1)]}),
     summed=_summed,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
-    shapes=((4, 64), (32768, 256), (1024, 32000), (256, 128256)),
+    shapes=(*SHAPES, (1024, 32000), (256, 128256)),
 )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable, is_sharded
-from .._op import Op, Sample, autocast, check_tensor, compiled, overridable, wide
+from .._op import SHAPES, Op, Sample, autocast, check_tensor, compiled, overridable, wide
 from .bias_act import bias_act, bias_act_bwd, bias_act_fwd
 
 linear_product = compiled("linear_product")
@@ -198,7 +198,7 @@ LINEAR = Op(
     permutes=lambda kwargs: {"input": -1, "weight": -1, "output": None},
     saved_bytes=_saved_bytes,
     bench=_bench,
-    shapes=((4, 64), (512, 512), (2048, 1024), (4096, 256)),
+    shapes=(*SHAPES[:5], (512, 512), (2048, 1024), (4096, 256), (65536, 256)),  # layers have no more features
     kernels=("bias_act_fwd", "bias_act_bwd"),
     layout_bits=False,
     gemm="torch",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
+from .._op import SHAPES, Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
 from .cross_entropy import cross_entropy, cross_entropy_reference, described, loss_items, loss_numbers, summed_options
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
@@ -488,6 +488,9 @@ def _bench(make, rows, cols):
     return _args(make, rows, 512 if rows * cols >= 2**20 else 16, cols)
 
 
+_SHAPES = (*SHAPES[:5], (1024, 32000), (256, 128256))  # vocabularies of models instead of the widest ones
+
+
 def _summed(shape, x, w, target, b, class_weight, num_items, *options):
     found = summed_options(x, target, class_weight, num_items, options)
     return None if found is None else Summed((x, w, target, b, class_weight, num_items, *found[0]), *found[1:])
@@ -513,7 +516,7 @@ LINEAR_CROSS_ENTROPY = Op(
     shards=lambda *_: _SHARDS,
     summed=_summed,
     bench=_bench,
-    shapes=((4, 64), (2048, 4096), (1024, 32000), (256, 128256)),
+    shapes=_SHAPES,
 )
 
 LINEAR_TOKEN_LOG_PROBS = Op(
@@ -529,5 +532,5 @@ LINEAR_TOKEN_LOG_PROBS = Op(
     saved_bytes=_log_probs_saved_bytes,
     shards=lambda *_: _SHARDS,
     bench=_bench,
-    shapes=((4, 64), (2048, 4096), (1024, 32000)),
+    shapes=_SHAPES,
 )

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, overridable, reduction_of, wide_dtype
+from .._op import SHAPES, Op, Sample, check_tensor, compiled, overridable, reduction_of, wide_dtype
 from .cross_entropy import cross_entropy_reference, loss_numbers
 
 vocab_parallel_cross_entropy_fwd = compiled("vocab_parallel_cross_entropy_fwd")
@@ -200,5 +200,5 @@ VOCAB_PARALLEL_CROSS_ENTROPY = Op(
     permutes=lambda kwargs: {"input": 1, "target": 0},
     saved_bytes=_saved_bytes,
     bench=lambda make, rows, cols: dict(input=make(rows, cols), target=make.labels(rows, classes=cols)),
-    shapes=((4, 64), (32768, 256), (1024, 32000)),
+    shapes=(*SHAPES, (1024, 32000), (256, 128256)),
 )
