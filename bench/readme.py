@@ -65,9 +65,18 @@ def shown(value, digits=2) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def kernels_alone(result, path) -> str:
-    s = report.summary(result)
-    return f"Kernels alone, {result['machine']['date']}: {s['ratio']:.2f} over {s['cells']} cells, `bench/results/{path.name}`."
+def where_there_is(result, recycled):
+    """Sentences about what not every run has."""
+    if fresh := report.fresh_memory(result):
+        yield fresh
+    if found := [cell for cell in result["cells"] if report.layout(cell) == "row_strided"]:
+        yield f"The inputs of {len(found)} cells (row_strided) are slices of wider rows; a copy that a side needs of them is in its time."
+    if found := report.summary(result)["repeated"]:
+        yield f"{len(found)} cells were measured once more, as quartiles of a side were more than a factor of two apart."
+    if recycled:
+        kernels = json.loads(recycled.read_text())
+        s = report.summary(kernels)
+        yield f"Kernels alone, {kernels['machine']['date']}: {s['ratio']:.2f} over {s['cells']} cells, `bench/results/{recycled.name}`."
 
 
 def render(path, ops=(), recycled=None) -> str:
@@ -104,10 +113,8 @@ def render(path, ops=(), recycled=None) -> str:
         f"{large if s['large_cells'] else ''}All figures: `bench/results/{path.name}`.",
         "More than 100% of copy is possible where a backward finds in the caches what its forward read, or where results in large pages,",
         "or stores past the caches, beat those of the copy.",
-        *filter(None, [report.fresh_memory(result)]),
-        *([kernels_alone(kernels, recycled)] if kernels else []),
+        *where_there_is(result, recycled),
         f"bfloat16 takes longer than float32, beyond the spread and products of matrices aside, in: {slower or 'no cell'}.",
-        *([f"Measured once more, as quartiles were more than a factor of two apart: {len(s['repeated'])} cells."] if s["repeated"] else []),
         *short(result["cells"]),
     ]
     return "\n".join(lines) + "\n"

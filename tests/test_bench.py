@@ -480,8 +480,21 @@ def test_the_layout_is_part_of_what_a_cell_is():
     assert strided["layout"] == "row_strided" and report.name(strided) == "exp float32 4x8 row_strided"
     plain.pop("layout")  # as older results are
     assert report.name(plain) == "exp float32 4x8"
+    result = dict(machine=dict(last_level_cache_MB=1, kind="cuda", recycled_memory=False), cells=[strided | dict(repeated=True), plain])
+    slices, again = readme.where_there_is(result, None)
+    assert "inputs of 1 cells" in slices and "1 cells were measured once more" in again
+    assert not list(readme.where_there_is(result | dict(cells=[plain]), None))
     assert not report.over_old(dict(cells=[strided]), dict(cells=[plain]))
     assert report.over_old(dict(cells=[strided]), dict(cells=[strided])).keys() == {(report.name(strided), s) for s in ("fusegrad", "peer")}
+
+
+def test_host_costs_are_a_column():
+    """Of calls on next to nothing, forward and with the backward."""
+    cell = measured(OPS["exp"], torch.exp)
+    (line, _), at = report.rows(dict(cells=[cell])), report.HEADER.index("host µs")
+    us = [cell["sides"]["fusegrad"][phase]["median"] * 1e6 for phase in ("forward", "both")]
+    assert line[at] == "{:.0f} / {:.0f}".format(*us)
+    assert next(report.rows(dict(cells=[cell | dict(rows=4096, cols=1024)])))[at] == ""
 
 
 REPEATED = """
@@ -587,6 +600,8 @@ def test_summary():
         wrong=["a float32 1x1 native (too far off)", "a bfloat16 1x1 native (too far off)"],
     )
     assert not report.summary(result | dict(cells=[cell("float32", 1.0), cell("bfloat16", 4.0, gemm=True)]))["bfloat16_slower"]
+    shown = "\n".join(readme.short(result["cells"]))
+    assert "| a |  |  | 4000010 against 4000000 | 4000010 against 4000000 |" in shown
     old = dict(cells=[cell("float32", 2.0)])
     assert report.over_old(result, old) == {("a float32 1x1", "fusegrad"): (0.5, False), ("a float32 1x1", "eager"): (1.0, True)}
 
