@@ -54,9 +54,9 @@ def conv(layers, device):
     return Classifier(network, layers.nn.CrossEntropyLoss()).to(device), batch
 
 
-def step_of(make, layers, device):
-    torch.manual_seed(0)
-    model, batch = make(layers, device)
+def step_of(make, layers, args):
+    torch.manual_seed(args.seed)
+    model, batch = make(layers, args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step():
@@ -75,7 +75,7 @@ SIDES = dict(native=torch, fusegrad=fusegrad)
 
 def measured(name, args) -> dict:
     """The seconds of a step of each side, in turn; none if their losses are not those of the same training."""
-    steps = {side: step_of(NETWORKS[name], layers, args.device) for side, layers in SIDES.items()}
+    steps = {side: step_of(NETWORKS[name], layers, args) for side, layers in SIDES.items()}
     losses = {side: [step().item() for _ in range(3)] for side, step in steps.items()}
     difference = max(abs(a - b) / abs(a) for a, b in zip(*losses.values()))
     network = dict(name=name, losses=losses, difference=difference, sides={})

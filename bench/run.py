@@ -78,10 +78,7 @@ def parse(argv=None):
     args.json = args.json or OUT / ("model.json" if args.model else "bench.json")
     args.html = args.html or OUT / "bench.html"
     args.rounds = args.rounds or (3 if args.quick else 9)
-    if args.quick:
-        args.shapes = args.shapes or QUICK
-    if args.host:
-        args.shapes = ((4, 64),)
+    args.shapes = args.shapes or (((4, 64),) if args.host else QUICK if args.quick else None)
     if args.compare and not args.compare.is_file():
         parser.error(f"--compare: there is no file {args.compare}")
     args.kind = "networks" if args.model else "cells"

@@ -142,8 +142,8 @@ def test_training_steps_are_written_compared_and_gone_on_with(monkeypatch):
     status, again, shown = steps(networks=[a, b], old=dict(networks=[old]))
     assert again == [a, b] and "over old" in shown  # nothing was left to measure
     assert re.search(r"native .* 0\.50", shown) and re.search(r"fusegrad .* 1\.00", shown)
-    (only,) = steps("--sides", "fusegrad", networks=[b])[1][1:]
-    assert list(only["sides"]) == ["fusegrad"] and "ratio" not in only
+    (only,) = steps("--sides", "fusegrad", "--seed", "5", networks=[b])[1][1:]
+    assert list(only["sides"]) == ["fusegrad"] and "ratio" not in only and only["losses"] != a["losses"]
 
 
 def test_interrupted_training_steps_are_kept(monkeypatch):
@@ -180,7 +180,8 @@ def test_results_of_the_other_kind_are_refused(tmp_path, capsys):
     assert run.parse(["--model", "--compare", str(networks)]).old["networks"] == []
 
 
-def test_rounds_that_are_given_win():
+def test_rounds_and_shapes_that_are_given_win():
+    assert [run.parse(args).shapes for args in (["--host", "--quick"], ["--host", "--shapes", "4x8"])] == [((4, 64),), [(4, 8)]]
     assert [run.parse(args).rounds for args in ([], ["--quick"], ["--quick", "--rounds", "7"])] == [9, 3, 7]
 
 
