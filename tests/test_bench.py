@@ -147,13 +147,17 @@ def test_training_steps_are_written_compared_and_gone_on_with(monkeypatch):
 
 
 def test_interrupted_training_steps_are_kept(monkeypatch):
-    def interrupt(layers, device):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "NETWORKS", dict(a=tiny, b=interrupt))
+    """Also the network that was measured just before."""
     kept = []
-    status, networks, shown = steps(keep=lambda: kept.append(1))
-    assert status == 130 and [network["name"] for network in networks] == ["a"] and kept
+
+    def keep():
+        kept.append(1)
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "NETWORKS", dict(a=tiny, b=tiny))
+    status, networks, shown = steps(keep=keep)
+    assert status == 130 and [network["name"] for network in networks] == ["a"] and len(kept) == 2
     assert "interrupted: 1 of 2 networks" in shown
 
 
