@@ -10,7 +10,7 @@ import torch
 import fusegrad.functional as F
 from fusegrad import testing
 from fusegrad._op import OPS, Sample, use_reference
-from fusegrad.ops.dropout import draw_seed, factor
+from fusegrad.ops.dropout import draw_seed, dropped
 from fusegrad.testing import properties
 from fusegrad.testing.budget import close, gradients
 from table import F64, call, check, cotangents, draw, names, run, with_grad
@@ -118,7 +118,7 @@ def test_g6_norm_with_every_option_at_once():
     torch.manual_seed(5)
     found = F.add_rms_norm(x, residual, (4, 8), weight, 1e-3, weight_offset=1.0, cast_order="llama", p=0.4)
     torch.manual_seed(5)
-    mask = factor(x, draw_seed(x), 0.4)
+    mask = dropped(torch.ones(x.shape), draw_seed(x), 0.4)
     assert 0 < (mask == 0).sum() < mask.numel()
 
     total = (x.float() * mask + residual.float()).bfloat16()
