@@ -11,13 +11,18 @@
 namespace fusegrad {
 namespace {
 
-// An array; the standard's smart pointers would be weak symbols of a type that each variant has its own of.
+// An array of zeros; the standard's smart pointers would be weak symbols of a type that each variant has its own of. Those of a
+// single step, as of small images, need no memory from the heap: asking for it took a fifth of a batch norm of 4 x 64 x 4.
 template <class X>
 struct Scratch {
+  static constexpr int64_t kFew = 6;
+  X few[kFew];
   X* const data;
-  explicit Scratch(int64_t n) : data(new X[n]()) {}
+  explicit Scratch(int64_t n) : few(), data(n <= kFew ? few : new X[n]()) {}
   Scratch(const Scratch&) = delete;
-  ~Scratch() { delete[] data; }
+  ~Scratch() {
+    if (data != few) delete[] data;
+  }
   X& operator[](int64_t i) const { return data[i]; }
 };
 
