@@ -59,6 +59,8 @@ class Function(torch.autograd.Function):
             # ONNX knows torch's operators only; and of a Function within a transform Dynamo traces the forward alone.
             if torch.onnx.is_in_onnx_export() or _transforms.active():
                 return cls.reference(*tensors, *options)
+            if not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])):
+                return _first(outputs, cls.forward(*tensors, *options))
             return _first(outputs, cls.apply(*_distinct(tensors), *options))
         reason = _op.why_not(tensors[0])
         if reason is not None:

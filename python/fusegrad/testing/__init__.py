@@ -192,6 +192,9 @@ def check(
     for what, f in (("fn", fn), ("reference", reference)):
         if not callable(f):
             raise TypeError(f"check: {what} must be callable, got {type(f).__name__}")
+    for what, given in (("only", only), ("skip", skip)):
+        if isinstance(given, str):
+            raise TypeError(f"check: {what} must be a list of names, got {given!r}")
     for what, given, known in (("only", only or (), PROPERTIES), ("skip", skip, PROPERTIES), ("description", description, DESCRIPTION)):
         unknown = [k for k in given if k not in known]
         if unknown:
@@ -231,7 +234,8 @@ def check(
                 text = f"check: reference must take the samples, got {type(error).__name__} of {_describe(sample)}: {error}"
                 raise ValueError(text) from error
             if not diffable(op, sample):
-                raise ValueError(f"check: samples must have a floating-point tensor that is no constant, got {_describe(sample)}")
+                text = "samples must have a floating-point tensor that is no constant as an argument (lists are not looked into)"
+                raise ValueError(f"check: {text}, got {_describe(sample)}")
         chosen = [k for k in (PROPERTIES if only is None else only) if k not in skip]
         return Report(op.name, {k: _find(PROPERTIES[k], op, draw, pairs, devices) for k in chosen})
 

@@ -123,10 +123,10 @@ def layouts(op, sample, layout):
 
 
 def resized(op, sample, rows):
-    """The sample with so many rows: the first dimension of the main tensor and of all with its shape, or else of all that share that
-    dimension; whichever the reference takes. None if neither."""
+    """The sample with so many rows: the first dimension of the main tensor and of all that share it, or else of those with its very
+    shape; whichever the reference takes. None if neither."""
     _, main = rows_of(sample)
-    for alike in (lambda t: t.shape == main.shape, lambda t: t.dim() and t.shape[0] == main.shape[0]):
+    for alike in (lambda t: t.dim() and t.shape[0] == main.shape[0], lambda t: t.shape == main.shape):
 
         def first(n, alike=alike):
             return changed(sample, {k: v[torch.arange(n, device=v.device) % len(v)] for k, v in tensors(sample).items() if alike(v)})
@@ -621,10 +621,25 @@ def compile_and_compare(op, samples, **options):
             close(f"compiled: {k}", b, a, 1e-5, scale=0.1)
 
 
+def compile_without_gradients(op, sample):
+    """Of tensors that require none, and of those that do under no_grad: Dynamo has ways of its own through a Function for them."""
+    compiled = torch.compile(lambda kwargs: op.functional(**kwargs), fullgraph=True, backend="eager")
+    torch.manual_seed(17)
+    expected = call(op, sample)
+    for given, wanted in ((sample, True), (with_grad(op, sample)[0], False)):
+        torch.manual_seed(17)
+        with torch.set_grad_enabled(wanted):
+            found = compiled(given.kwargs)
+        for a, b in zip(found if isinstance(found, tuple) else (found,), expected):
+            close("compiled without gradients", a, b, 1e-5, scale=0.1)
+
+
 @declare(*ONE, variants=(False, True))
 def compile_fullgraph(op, sample, dynamic):
-    """torch.compile(fullgraph=True), static and dynamic: the values and gradients of eager mode."""
+    """torch.compile(fullgraph=True), static and dynamic, and where no gradient is wanted: the values and gradients of eager mode."""
     compile_and_compare(op, [sample], backend="aot_eager", dynamic=dynamic)
+    if not dynamic:
+        compile_without_gradients(op, sample)
 
 
 @declare(*ONE, variants=(False, True))
