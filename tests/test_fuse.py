@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import random
 import re
 
 import pytest
@@ -190,12 +191,27 @@ class Sometimes(Block):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("cls", [Unfollowed, TwoInputs, Sometimes])
+class WithGradients(Block):
+    def forward(self, x):
+        return super().forward(x) if torch.is_grad_enabled() else self.norm(x)
+
+
+class AtRandom(Block):
+    def forward(self, x):
+        return super().forward(x) if random.random() < 2.0 else x
+
+
+class AtTorchsRandom(Block):
+    def forward(self, x):
+        return super().forward(x) if torch.rand(()) < 2.0 else x
+
+
+@pytest.mark.parametrize("cls", [Unfollowed, TwoInputs, Sometimes, WithGradients, AtRandom, AtTorchsRandom])
 def test_no_pair_where_the_way_may_change(cls):
     report = fusegrad.fuse(cls())
     names = {e.name for e in report.replaced}
     assert "norm" in names and "act" not in names  # the norm alone
-    if cls is not Sometimes:
+    if cls not in (Sometimes, WithGradients):
         assert not any("joined" in e.by for e in report.replaced)
 
 
@@ -284,7 +300,22 @@ class Harmless(Keeping):
         return self.norm.weight.shape, [p.shape for p in self.steps.parameters()]
 
 
+@pytest.mark.parametrize("wrapper", [torch.compile, torch.optim.swa_utils.AveragedModel])
+def test_pairs_within_wrappers_of_torch(wrapper):
+    model = wrapper(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()))
+    assert len(fusegrad.fuse(model, dry_run=True).replaced) == 2
+
+
+class Saved(Keeping):
+    def forward(self, x, more=None):
+        return self.steps(x)
+
+    def save(self):
+        return self.steps.state_dict()
+
+
 def test_a_pair_whose_owner_leaves_it_whole():
+    assert any("joined" in e.by for e in fusegrad.fuse(Saved(), dry_run=True).replaced)
     report = fused_alike(Harmless(), torch.randn(3, 4))
     assert {e.name for e in report.replaced if "joined" in e.by} == {"steps.1"}
 
@@ -432,6 +463,56 @@ def test_what_looks_like_a_norm_and_is_none(kind):
     assert not report.replaced and report.kept[0].why == "fusegrad has no layer for it"
 
 
+class OtherGradient(torch.nn.Module):
+    """The values of what fusegrad has, and gradients of another one."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.eps = kind, 1e-5
+        self.weight = torch.nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        a = x.float()
+        root = (a.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        if self.kind == "weight":
+            return self.weight.detach() * (a * root).to(x.dtype)
+        return self.weight * (a * root.detach()).to(x.dtype)
+
+
+class StraightThroughReLU(torch.nn.Module):
+    def forward(self, x):
+        return x + (x.relu() - x).detach()
+
+
+class ClampedReLU(torch.nn.Module):
+    def forward(self, x):
+        return x.relu().clamp(max=90)
+
+
+@pytest.mark.parametrize("kind", ["input", "weight"])
+def test_a_norm_with_another_gradient_is_kept(kind):
+    assert not fusegrad.fuse(OtherGradient(kind), dry_run=True).replaced
+
+
+@pytest.mark.parametrize("act", [StraightThroughReLU, ClampedReLU])
+def test_an_activation_with_another_gradient_or_bound_is_kept(act):
+    model = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(5, 7), act()), GatedMLP(act(), "gate first")])
+    assert not fusegrad.fuse(model, dry_run=True).replaced
+    assert not fusegrad.fuse(NormAct(4, act), dry_run=True).replaced
+
+
+class Labelled(torch.nn.Linear):
+    activation = "none of ours"
+
+
+def test_a_layer_with_an_attribute_of_our_name_is_kept():
+    norm = torch.nn.BatchNorm1d(7)
+    norm.activation = "none of ours"
+    model = torch.nn.Sequential(Labelled(5, 7), torch.nn.ReLU(), norm, torch.nn.ReLU())
+    report = fusegrad.fuse(model, dry_run=True)
+    assert not report.replaced and "an attribute of its own where ours has one (activation)" in by_name(report.kept)["2"].why
+
+
 class Composed(torch.nn.Module):
     """The activation of some models, of eight kernels."""
 
@@ -575,13 +656,18 @@ class Collecting(Block):
     def __init__(self):
         super().__init__()
         self.register_buffer("counted", torch.zeros(()))
-        self.seen, self.calls, self.total = [], 0, torch.zeros(())
+        self.seen, self.calls, self.total, self.nested = [], 0, torch.zeros(()), {"a": {"b": 0}}
+        self.norm.seen = []
 
     def forward(self, x):
         self.counted.add_(1)
         self.total += 1
         self.calls += 1
         self.seen.append(x)
+        self.nested["a"]["b"] += 1
+        self.norm.seen.append(x)
+        self.norm.num_batches_tracked.add_(1)
+        self.norm.eps = 0.5
         return super().forward(x)
 
 
@@ -590,6 +676,13 @@ def test_following_a_forward_leaves_no_trace():
     report = fusegrad.fuse(model)
     assert "joined" in str(report)  # it was followed
     assert (model.seen, model.calls, model.total.item(), model.counted.item()) == ([], 0, 0, 0)
+    assert (model.nested, model.norm.seen, model.norm.num_batches_tracked, model.norm.eps) == ({"a": {"b": 0}}, [], 0, 1e-5)
+
+
+def test_following_a_forward_draws_nothing():
+    model, torchs, pythons = torch.nn.ModuleList([AtRandom(), AtTorchsRandom()]), torch.get_rng_state(), random.getstate()
+    fusegrad.fuse(model)
+    assert torch.equal(torch.get_rng_state(), torchs) and random.getstate() == pythons
 
 
 def test_dry_run_changes_nothing():
@@ -739,6 +832,23 @@ def test_unfuse_says_what_is_wrong():
     assert type(model[0]) is nn.LayerNorm  # nothing is restored by halves
     torch.nn.utils.parametrize.remove_parametrizations(model[1], "weight")
     assert fusegrad.unfuse(model) == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("copied", [False, True])
+def test_joined_layers_are_restored_together_or_not_at_all(part, copied):
+    model = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Dropout(0.2), torch.nn.Dropout(0.3), torch.nn.LayerNorm(4))
+    fusegrad.fuse(model)
+    if copied:
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    error = "whole groups of joined layers, got a Dropout where it is one of 3 layers that are joined, and 1 of them are in it"
+    error = error if part == 0 else error.replace("a Dropout", "a FusedDropout")
+    with pytest.raises(ValueError, match=error):
+        fusegrad.unfuse(model[part])
+    with pytest.raises(ValueError, match="0 is one of 3 layers that are joined, and 2"):
+        fusegrad.unfuse(model[:2])
+    assert fusegrad.unfuse(model[3]) == ("",)
+    assert fusegrad.unfuse(model) == ("0", "1", "2") and [m.p for m in model[:3]] == [0.1, 0.2, 0.3]
 
 
 def test_a_failure_half_way_takes_all_back(monkeypatch):

@@ -322,6 +322,15 @@ def test_what_the_reference_cannot_do_does_not_apply():
     assert (finding.outcome, finding.detail) == ("not applicable", "the reference does not do that: AssertionError")
 
 
+def test_labels_follow_the_rows():
+    """A reference that would take other rows with the old labels is not asked to."""
+
+    def gathered(x, target):
+        return -torch.log_softmax(x, -1).gather(1, target[:, None]).mean()
+
+    check(fusegrad.functional.cross_entropy, gathered, cross_entropy_samples, only=["sizes"]).raise_for_failures()
+
+
 def test_a_peer_that_writes_to_its_input():
     """Named as that; and of the caller's nothing changes."""
     torch.manual_seed(3)
@@ -351,6 +360,8 @@ X = torch.randn(3, 4)
         ((torch.exp, torch.exp, [(X,), {"input": X}]), {}, "samples must be .* got Sample, tuple"),
         ((torch.exp, torch.exp, [(X.long(),)]), {}, r"samples must have a floating-point tensor .*, got sample 0: .*=int64\[3, 4\]"),
         ((torch.exp, torch.exp, [(X, X, X)]), {}, "reference must take the samples, got TypeError of sample 0"),
+        ((torch.exp, torch.exp, [(X,)]), {"only": "gradcheck"}, "only must be a list of names, got 'gradcheck'"),
+        ((torch.stack, torch.stack, [([X, X],)]), {}, "samples must have .* .lists are not looked into."),
         ((torch.exp, torch.exp, [(X,)]), {"only": ["gradchek"]}, "only must be of values_and_gradients, .* got 'gradchek'"),
         ((torch.exp, torch.exp, [(X,)]), {"skip": ["all"]}, "skip must be of values_and_gradients, .* got 'all'"),
         ((torch.exp, torch.exp, [(X,)]), {"unit": 3}, "description must be of constants, .* got 'unit'"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import Module
 
-_RECORD = "_fused_from"  # in the __dict__ of a changed module: (its class, our class or None, attributes before, attributes set)
+_RECORD = "_fused_from"  # in the __dict__ of a changed module: (its class, our class or None, attributes before, attributes set, joint)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """What modules have in common of which the first does the work of all: none of them is right without the others."""
+
+    members: int
+
+
 @dataclass(frozen=True)
 class Change:
     """What a rule wants: our class for the module (None: as it is), attributes to set, and the words of the report."""
@@ -57,6 +64,7 @@ class Change:
     attributes: dict
     layer: str
     by: str
+    joint: Joint | None = None
 
 
 @functools.cache
@@ -84,12 +92,12 @@ def _change(module: Module, change: Change) -> None:
     before = {k: state[k] for k in change.attributes if k in state}
     if change.ours is not None:
         module.__class__ = fused_class(change.ours, base)
-    state[_RECORD] = (base, change.ours, before, tuple(change.attributes))
+    state[_RECORD] = (base, change.ours, before, tuple(change.attributes), change.joint)
     state.update(change.attributes)
 
 
 def _restore(module: Module) -> None:
-    base, ours, before, attributes = module.__dict__.pop(_RECORD)
+    base, ours, before, attributes, _ = module.__dict__.pop(_RECORD)
     for k in attributes:
         del module.__dict__[k]
     module.__dict__.update(before)
@@ -104,7 +112,9 @@ def fused(module: Module) -> bool:
 
 def _check(op: str, model) -> None:
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"{op}: model must not be scripted (its code is compiled already), got {type(model).__name__}; {op} it before")
+        raise TypeError(
+            f"{op}: model must not be scripted (its code is compiled already), got {type(model).__name__}; {op} it before, and trace it"
+        )
     if not isinstance(model, Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {model if isinstance(model, type) else type(model).__name__}")
 
@@ -191,14 +201,15 @@ def unfuse(model: Module) -> tuple[str, ...]:
     """Takes back what `fuse` did to the modules of a model: each has its own class and attributes again.
 
     Args:
-        model: what was given to `fuse`, or a part, copy or wrapper of it.
+        model: what was given to `fuse`, or a part, copy or wrapper of it, with all of the layers that were joined to one of them.
 
     Returns:
         The names of the modules that were restored.
 
     Raises:
-        TypeError: no Module. ValueError: nothing in it is fused, or the class of a fused module was changed again (by
-        `fully_shard` or a parametrization, which must be undone first); nothing is restored then.
+        TypeError: no Module. ValueError: nothing in it is fused, a layer is outside of it that was joined to one within, or the class
+        of a fused module was changed again (by `fully_shard` or a parametrization, which must be undone first); nothing is restored
+        then.
 
     Example::
 
@@ -208,8 +219,12 @@ def unfuse(model: Module) -> tuple[str, ...]:
     found = {name: m for name, m in model.named_modules() if fused(m)}
     if not found:
         raise ValueError(f"unfuse: model must have a fused layer, got {type(model).__name__} without one")
+    there = Counter(m.__dict__[_RECORD][-1] for m in found.values())
     for name, m in found.items():
-        base, ours, *_ = m.__dict__[_RECORD]
+        base, ours, *_, joint = m.__dict__[_RECORD]
+        if joint is not None and there[joint] < joint.members:
+            text = f"{name or 'it'} is one of {joint.members} layers that are joined, and {there[joint]} of them are in it"
+            raise ValueError(f"unfuse: model must have whole groups of joined layers, got a {type(model).__name__} where {text}")
         if ours is not None and type(m) is not fused_class(ours, base):
             raise ValueError(f"unfuse: {name or 'the model'} must have the class that fuse gave it, got {type(m).__name__}")
     for m in found.values():

@@ -12,10 +12,13 @@ import functools
 import gc
 import inspect
 import operator
+import random
 import weakref
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from types import FunctionType
 
 import torch
@@ -25,7 +28,7 @@ from torch.nn import Module
 from . import functional as F
 from . import nn
 from ._activations import ACTIVATIONS
-from ._fuse import Change, fused
+from ._fuse import Change, Joint, fused
 from ._op import autocast
 from .ops.mlp import GATES
 
@@ -43,6 +46,7 @@ def _torch_class(m: Module) -> type | None:
     return base if base is not None and type(m).forward is base.forward else None
 
 
+@functools.cache
 def _added(base: type) -> dict:
     """What our constructor adds to a module of torch's: found by making one of each."""
     parameters = inspect.signature(base).parameters.values()
@@ -50,6 +54,11 @@ def _added(base: type) -> dict:
     with torch.device("meta"):  # draws no random numbers
         usual, more = vars(base(*sizes)), vars(TORCH[base](*sizes))
     return {k: v for k, v in more.items() if k not in usual}
+
+
+def _has_its_own(m: Module, base: type) -> bool:
+    """Whether it has an attribute, other than a child, of a name that our constructor would set."""
+    return any(k in vars(m) or hasattr(type(m), k) for k in _added(base))
 
 
 def _own(tensors: dict) -> dict:
@@ -91,25 +100,63 @@ def _refusal(m: Module) -> str | None:
 # --- probes --------------------------------------------------------------------------------------------------------------------
 
 
+def _copied(value, memo: dict):
+    """Tensors and plain containers anew, whatever else as it is; what memo has by its id, as memo has it."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        memo[id(value)] = value.detach().clone()
+    elif isinstance(value, dict):
+        memo[id(value)] = new = copy(value)
+        new.update((k, _copied(v, memo)) for k, v in value.items())
+    elif type(value) is list:
+        memo[id(value)] = new = []
+        new.extend(_copied(v, memo) for v in value)
+    elif type(value) is tuple:
+        return tuple(_copied(v, memo) for v in value)
+    elif isinstance(value, (set, deque)):
+        memo[id(value)] = copy(value)
+    else:
+        return value
+    return memo[id(value)]
+
+
 def _probe(m: Module, training: bool = True, **state) -> Module:
-    """A module of m's class and attributes, some of them others; what its forward sets, counts or collects does not reach m."""
-    copied = {k: copy(v) for k, v in vars(m).items() if type(v) in (dict, list, set)} | {
-        k: v.clone() for k, v in vars(m).items() if isinstance(v, Tensor)
-    }
-    copied["_buffers"] = {k: b if b is None else b.clone() for k, b in m._buffers.items()}
-    probe = object.__new__(type(m))
-    probe.__dict__.update(vars(m) | copied, training=training, **state)
+    """A module of m's class and attributes, some of them others, and so its children: what its forward sets, counts or collects does not
+    reach m. Parameters are the same."""
+    memo: dict = {id(p): p for p in m.parameters()}
+    probes = [(old, object.__new__(type(old))) for old in m.modules() if not isinstance(old, torch.jit.ScriptModule)]
+    memo |= {id(old): new for old, new in probes}
+    for old, new in probes:
+        new.__dict__.update((k, _copied(v, memo)) for k, v in vars(old).items())
+    probe = memo[id(m)]
+    probe.__dict__.update(training=training, **state)
     return probe
 
 
-def _run(m: Module, *inputs: Tensor, forward: Callable | None = None) -> Tensor | None:
-    """Its own forward (or that one) without hooks; None if it is not for such inputs."""
+@contextmanager
+def _drawing_apart():
+    """What is drawn within is not missing from the generators afterwards; gives a function that says whether something was."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        drawn = torch.get_rng_state()
+        try:
+            yield lambda: random.getstate() != state or not torch.equal(torch.get_rng_state(), drawn)
+        finally:
+            random.setstate(state)
+
+
+def _run(forward: Callable, *inputs: Tensor, parameters: Iterable[Tensor | None] = ()) -> list[Tensor] | None:
+    """What it makes of the inputs, and the gradients of them and of the parameters for a cotangent that is drawn; None if it is not for
+    such inputs, or has no such gradients."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            y = (forward or type(m).forward)(m, *inputs)
+        with _drawing_apart(), torch.inference_mode(False), torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            y = forward(*[t.clone() for t in leaves])  # it may be one that writes to what it gets
+            leaves += [p for p in parameters if p is not None]
+            return [y.detach(), *torch.autograd.grad(y, leaves, _draw(*y.shape, dtype=y.dtype, seed=17))]
     except Exception:  # code of others may raise whatever it likes
         return None
-    return y if isinstance(y, Tensor) else None
 
 
 def _draw(*shape: int, dtype=torch.float32, seed=0, scale=1.0) -> Tensor:
@@ -117,13 +164,16 @@ def _draw(*shape: int, dtype=torch.float32, seed=0, scale=1.0) -> Tensor:
     return (torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) * scale).to(dtype)
 
 
-def _same(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and bool((a - b).abs().max() <= tolerance)
+def _close(a: list[Tensor] | None, b: list[Tensor] | None, tolerance: float) -> bool:
+    """Results and gradients, to this part of the largest value of each."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(x.shape == y.shape and x.dtype == y.dtype and bool((x - y).abs().max() <= tolerance * y.abs().max()) for x, y in zip(a, b))
 
 
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
     """But for an element here and there, whose last bit hangs on the order of a sum."""
-    return _same(a, b, 0.25) and (a != b).double().mean().item() < 0.02
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).abs().max() <= 0.25) and (a != b).double().mean().item() < 0.02
 
 
 def _activation(m: Module) -> tuple[str, float] | None:
@@ -131,13 +181,15 @@ def _activation(m: Module) -> tuple[str, float] | None:
     named = any(word in type(m).__name__.lower() for word in ("lu", "act", "mish", "sigmoid", "swish", "tanh"))
     if not named or not _leaf(m) or _own(m._parameters) or _own(m._buffers):
         return None
-    x = torch.linspace(-6, 25, 311, dtype=torch.float64, device="cpu")  # beyond the threshold of softplus
-    training, evaluating = (_run(_probe(m, mode), x.clone()) for mode in (True, False))
+    x = torch.linspace(-6.03, 25.07, 312, dtype=torch.float64, device="cpu")  # beyond the threshold of softplus, on no kink
+    x = torch.cat((x, x.new_tensor((-1e4, -100.0, 100.0, 1e4))))
+    training, evaluating = (_run(functools.partial(type(m).forward, _probe(m, mode)), x) for mode in (True, False))
     slope = getattr(m, "negative_slope", 0.01)
-    if not _same(training, evaluating, 0.0) or not isinstance(slope, float):
+    if training is None or evaluating is None or not all(map(torch.equal, training, evaluating)) or not isinstance(slope, float):
         return None
     for name, function in ACTIVATIONS.items():
-        if name != "identity" and torch.allclose(training, function(x, slope), rtol=1e-13, atol=1e-13):
+        expected = None if name == "identity" else _run(lambda x, function=function: function(x, slope), x)
+        if expected and all(torch.allclose(*pair, rtol=1e-12, atol=1e-13) for pair in zip(training, expected)):
             return name, slope
     return None
 
@@ -171,16 +223,22 @@ class _Tracer(fx.Tracer):
 
 
 def _graphs(m: Module) -> list[fx.Graph]:
-    """m's own forward as calls of its modules, in training and in evaluation. Nothing where it cannot be followed, or takes more than
-    one argument, as its way may then depend on what is given."""
+    """m's own forward as calls of its modules, in training and in evaluation, with and without gradients. Nothing where it cannot be
+    followed, draws random numbers, or takes more than one argument, as its way may then be another one the next time."""
     if _leaf(m) or _refusal(m):
         return []
     try:
         kinds = [p.kind for p in inspect.signature(type(m).forward).parameters.values()]
         if len(kinds) != 2 or any(kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds):
             return []
-        tracers, probes = [_Tracer(), _Tracer()], [_probe(m, training) for training in (True, False)]
-        graphs = [tracer.trace(probe) for tracer, probe in zip(tracers, probes)]
+        tracers, graphs = [], []
+        with _drawing_apart() as drawn:
+            for training, gradients in ((True, True), (True, False), (False, True), (False, False)):
+                tracers.append(_Tracer())
+                with torch.set_grad_enabled(gradients):
+                    graphs.append(tracers[-1].trace(_probe(m, training)))
+            if drawn():
+                return []
         for tracer in tracers:
             tracer.mark_kept()
         return graphs
@@ -259,7 +317,7 @@ def _gated_parts(m: Module, graph: fx.Graph) -> tuple[str, ...] | None:
 def _taken_in(first: Module, second: Module, attributes: dict) -> dict | None:
     """What `first` becomes if it does the work of `second` too."""
     kind = _torch_class(first)
-    if _refusal(first) or _refusal(second):
+    if _refusal(first) or _refusal(second) or kind is None or _has_its_own(first, kind):
         return None
     if kind in (torch.nn.Linear, *NORMS_WITH_ACTIVATION) and "activation" not in attributes:
         activation = _activation(second)
@@ -272,8 +330,12 @@ def _taken_in(first: Module, second: Module, attributes: dict) -> dict | None:
 
 # What may be read of a child by its owner without a look at what comes out of the layers: nothing but that it is called, for a
 # Sequential, or an attribute, for a layer.
+_PARAMETERS = {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "load_state_dict", "requires_grad_", "zero_grad"}
+_CASTS = {"to", "float", "double", "half", "bfloat16", "cpu", "cuda"}
+
+
 def _leaves_whole(what: str) -> bool:
-    return what in ("()", "parameters", "named_parameters", "apply", "train", "eval", "requires_grad_", "append", "add_module")
+    return what in {"()", "apply", "train", "eval", "compile", "append", "add_module"} | _PARAMETERS | _CASTS
 
 
 def _leaves_alone(what: str) -> bool:
@@ -290,14 +352,15 @@ class Found:
         self.within: dict[Module, Module] = {}  # an activation whose work a module around it does
         self.attributes: dict[Module, dict] = defaultdict(dict)  # of a module that others are joined to
         self.joined: dict[Module, Module] = {}  # to which one
+        self.together: dict[Module, set[Module]] = {}  # all that are joined to each other
         self.why: dict[Module, str] = {}
         self._find_gated()
         self._find_joins()
 
     def _find_gated(self) -> None:
         for m, graphs in self.graphs.items():
-            parts, again = (_gated_parts(m, graph) for graph in graphs)
-            if parts is None or parts != again:
+            parts, *others = (_gated_parts(m, graph) for graph in graphs)
+            if parts is None or any(parts != other for other in others):
                 continue
             act = m.get_submodule(parts[0])
             activation = _activation(act)
@@ -325,7 +388,7 @@ class Found:
                 if self._seen(owner, owners):
                     return True
                 continue
-            if type(owner).__module__.startswith("torch.nn."):
+            if type(owner).__module__.startswith("torch."):  # wrappers too, as torch.compile's
                 continue
             names = {name for name, child in owner._modules.items() if child is m}
             aside = _reads(type(owner)).keys() - (_reached(type(owner)) if followed else ())
@@ -345,6 +408,9 @@ class Found:
                 return module
             node = user
         return None
+
+    def _with(self, m: Module) -> set[Module]:
+        return self.together.get(m, set())
 
     def _find_joins(self) -> None:
         owners = defaultdict(set)
@@ -394,6 +460,7 @@ class Found:
             for (first, second), taken in heads.items():
                 self.attributes[first] |= taken
                 self.joined[second] = first
+                self.together |= dict.fromkeys(together := {first, second} | self._with(first) | self._with(second), together)
                 through.add(second)
 
 
@@ -459,8 +526,8 @@ def _rotary(theirs: Callable) -> Callable | None:
         if list(inspect.signature(theirs).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
             return None
         shapes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
-        q, k, cos, sin = (_draw(*shape, seed=i) for i, shape in enumerate(shapes))
-        expected = theirs(q, k, cos, sin)
+        q, k, cos, sin = tensors = [_draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+        expected = _run(lambda *tensors: torch.cat([t.flatten() for t in theirs(*tensors)]), *tensors)
         wide = theirs(q.bfloat16(), k.bfloat16(), cos, sin)[0].dtype == torch.float32
         for interleaved in (False, True):
 
@@ -477,8 +544,9 @@ def _rotary(theirs: Callable) -> Callable | None:
                 q, k = F.rotary_embedding(q, k, cos, sin, interleaved=interleaved)
                 return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 2 else (q, k)
 
-            if all(_same(a, b, 1e-5) for a, b in zip(expected, apply_rotary_pos_emb(q, k, cos, sin))):
-                return apply_rotary_pos_emb
+            ours = apply_rotary_pos_emb
+            if _close(expected, _run(lambda *tensors, ours=ours: torch.cat([t.flatten() for t in ours(*tensors)]), *tensors), 1e-5):
+                return ours
     except Exception:  # code of others may raise whatever it likes
         pass
     return None
@@ -523,6 +591,9 @@ def layer_of_torch(m: Module, found: Found) -> Change | None:
     base, taken = _torch_class(m), found.attributes[m]
     if base is None or (base is torch.nn.Linear and not taken):
         return None
+    if _has_its_own(m, base):
+        found.why[m] = f"it has an attribute of its own where ours has one ({', '.join(_added(base))})"
+        return None
     return _change(TORCH[base], m, _added(base) | taken, **taken)
 
 
@@ -534,11 +605,16 @@ def joined(m: Module, found: Found) -> Change | None:
 
 def _agree(a: Module, b: Module, x: Tensor, param_dtype: torch.dtype = torch.float32) -> bool:
     """Whether both make the same of x, with weights that are drawn; lying in memory alike."""
-    n = len(a.weight)
-    params = {k: None if p is None else _draw(n, dtype=param_dtype, seed=i) for i, (k, p) in enumerate(a._parameters.items(), 1)}
-    theirs, ours = (_run(_probe(m, _parameters={"bias": None} | params), x) for m in (a, b))
-    same = _same(theirs, ours, 1e-4) if x.dtype == torch.float32 else _same_bits(theirs, ours)
-    return same and theirs.stride() == ours.stride()
+    n, results = len(a.weight), []
+    for m in (a, b):
+        own = [k for k, p in a._parameters.items() if p is not None]
+        params = {k: _draw(n, dtype=param_dtype, seed=i).requires_grad_() for i, k in enumerate(sorted(own), 1)}
+        probe = _probe(m, _parameters=dict.fromkeys(("bias", *a._parameters)) | params)
+        results.append(_run(functools.partial(type(m).forward, probe), x, parameters=params.values()))
+    theirs, ours = results
+    if theirs is None or ours is None or theirs[0].stride() != ours[0].stride():
+        return False
+    return _close(theirs, ours, 1e-4) if x.dtype == torch.float32 else _same_bits(theirs[0], ours[0])
 
 
 def written_norm(m: Module, found: Found) -> Change | None:
@@ -574,7 +650,7 @@ def norm_with_activation(m: Module, found: Found) -> Change | None:
     """A subclass of a norm of torch's whose forward applies its child, an activation, to the result."""
     base = next((c for c in NORMS_WITH_ACTIVATION if isinstance(m, c)), None)
     acts = [c for c in m.children() if not _runs(c, torch.nn.Identity.forward)]
-    if base is None or _leaf(m) or len(acts) > 1 or m.weight is None or any(map(_hooked, m.children())):
+    if base is None or _leaf(m) or len(acts) > 1 or m.weight is None or any(map(_hooked, m.children())) or _has_its_own(m, base):
         return None
     name, slope = _activation(acts[0]) or (None, None) if acts else ("identity", 0.01)
     if slope != 0.01:
@@ -583,13 +659,14 @@ def norm_with_activation(m: Module, found: Found) -> Change | None:
     x = _draw(6, c, *[3] * {torch.nn.BatchNorm1d: 0, torch.nn.BatchNorm3d: 3}.get(base, 2))
     for training in (True, False):
         results = []
-        for forward in (type(m).forward, base.forward):
+        for forward in (type(m).forward, lambda m, x: ACTIVATIONS[name](base.forward(m, x), slope)):
             buffers = {k: b if b is None else torch.ones(b.shape, device="cpu") for k, b in m._buffers.items()}
-            params = dict(weight=_draw(c, seed=1), bias=_draw(c, seed=2))
+            params = {k: _draw(c, seed=i).requires_grad_() for i, k in enumerate(("weight", "bias"), 1)}
             probe = _probe(m, training, _parameters=params, _buffers=buffers)
-            results.append((_run(probe, x, forward=forward), *_own(buffers).values()))
-        (theirs, *after), (norm, *expected) = results
-        if norm is None or not _same(theirs, ACTIVATIONS[name](norm, slope), 1e-4) or not all(map(torch.equal, after, expected)):
+            found_by = _run(functools.partial(forward, probe), x, parameters=params.values())
+            results.append((found_by, list(_own(buffers).values())))
+        (theirs, after), (ours, expected) = results
+        if not _close(theirs, ours, 1e-4) or not all(map(torch.equal, after, expected)):
             return None
     activation = dict(activation=name) if acts else {}
     found.within |= dict.fromkeys(acts, m)
@@ -632,16 +709,19 @@ def token_loss(m: Module, found: Found) -> Change | None:
     attribute = getattr(type(m), "loss_function", None)
     if not isinstance(attribute, property) or "labels" not in inspect.signature(type(m).forward).parameters:
         return None
-    theirs = m.loss_function
+    try:
+        theirs = m.loss_function
+    except Exception:  # code of others may raise whatever it likes
+        return None
     name = getattr(theirs, "__name__", type(theirs).__name__)
     logits, labels = _draw(2, 5, 7), torch.tensor([[1, 2, -100, 4, 6], [0, -100, 3, 5, 2]], device="cpu")
     divisors = ({}, dict(num_items_in_batch=3), dict(num_items_in_batch=torch.tensor(5, device="cpu")))
     for ours in (causal_lm_loss, masked_lm_loss):
-        try:
-            results = [[f(logits=logits, labels=labels, vocab_size=7, **items) for f in (theirs, ours)] for items in divisors]
-        except Exception:  # code of others may raise whatever it likes
-            break
-        if all(_same(*pair, 1e-5) for pair in results) and _probe(m, _loss_function=ours).loss_function is ours:
+        results = [
+            [_run(lambda x, f=f, items=items: f(logits=x, labels=labels, vocab_size=7, **items), logits) for f in (theirs, ours)]
+            for items in divisors
+        ]
+        if all(_close(*pair, 1e-5) for pair in results) and _probe(m, _loss_function=ours).loss_function is ours:
             layer = f"{type(m).__name__}.loss_function"
             return Change(None, dict(_loss_function=ours), layer, f"fusegrad.functional.cross_entropy (was {name})")
     found.why[m] = f"its loss_function, {name}, is no cross entropy of tokens"
@@ -654,11 +734,12 @@ RULES = (joined, layer_of_torch, written_norm, norm_with_activation, gated_mlp, 
 def plan(names: dict[Module, tuple[str, ...]]) -> tuple[dict[Module, Change], dict[Module, str]]:
     """What to change, and why not the other layers (modules without children, and what else looked like something)."""
     found, changes, kept = Found(names), {}, {}
+    joints = {id(together): Joint(len(together)) for together in found.together.values()}
     for m in names:
         refusal = _refusal(m)
         change = None if refusal else next((change for rule in RULES if (change := rule(m, found))), None)
         if change is not None:
-            changes[m] = change
+            changes[m] = replace(change, joint=joints.get(id(found.together.get(m))))
         elif refusal or m in found.why or (_leaf(m) and not _runs(m, Module.forward, torch.nn.Identity.forward)):
             kept[m] = refusal or found.why.get(m) or _nothing(m, found)
     return changes, kept
