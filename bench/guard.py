@@ -56,6 +56,11 @@ def always_leaves(loop):
     return any(not loop[0][0] <= int(target, 16) <= loop[-1][0] for target in targets)
 
 
+def finds_rows(loop):
+    """Whether it looks for the places of rows, which takes divisions of integers: nothing that is done for each element."""
+    return any(what.startswith("idiv") for _, what, _ in loop)
+
+
 def arithmetic(loop, register):
     """How many instructions compute on the widest registers, and how many on one number."""
     found = [(m[3], operands) for _, what, operands in loop if (m := ARITHMETIC.match(what))]
@@ -88,7 +93,7 @@ def examine(variant, paths):
                 vectors, scalars = arithmetic(loop, register)
                 wide[kernel] += vectors > 0 and not scalars
                 handed[kernel] += hands_on(loop, register)
-                narrow[kernel] += scalars > 0 and not vectors
+                narrow[kernel] += scalars > 0 and not vectors and not finds_rows(loop)
                 if 0 < vectors < scalars and not always_leaves(loop):
                     complaints.append(
                         f"{variant}: {kernel[0]}, {kernel[1]}: {scalars} scalar beside {vectors} vector instructions in a loop"

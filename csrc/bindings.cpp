@@ -53,8 +53,8 @@
     "(Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor? mean, Tensor? var, int groups, float eps, int activation)"                \
     " -> (Tensor, Tensor)")                                                                                                        \
   _(channel_norm_bwd,                                                                                                              \
-    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor mean, Tensor var, int groups, float eps, int activation,"       \
-    " bool constant, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                                                         \
+    "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor? r, Tensor mean, Tensor var, Tensor? lost, int groups, float eps,"         \
+    " int activation, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)")                                                        \
   _(layer_norm_2d_fwd, "(Tensor x, Tensor? w, Tensor? b, float eps) -> (Tensor, Tensor, Tensor)")                                  \
   _(layer_norm_2d_bwd,                                                                                                             \
     "(Tensor dy, Tensor x, Tensor? w, Tensor? b, Tensor mean, Tensor rstd, bool[3] needed) -> (Tensor, Tensor, Tensor)")           \

@@ -72,26 +72,27 @@ def test_running_statistics_in_the_functional():
     torch.testing.assert_close(ours, native, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape, groups", (((4, 64, 9, 11), 8), ((3, 6, 70, 40), 3), ((2, 8, 2), 4), ((40, 6, 3, 3), 1)), ids=str)
 @pytest.mark.parametrize("mean", (1e4, -1e6))
 @each_format
-def test_far_from_zero(mean, fmt):
-    """Deviations of a few units in the last place of a large mean are told from it."""
-    make = Make(F32, seed=4)
-    x = (make(4, 64, 9, 11).mul(0.1 * abs(mean) / 1e4).add(mean)).to(memory_format=fmt)
-    w, b = make.param(64), make.param(64)
-    batch = dict(input=x, running_mean=None, running_var=None, weight=w, bias=b, training=True, activation="relu")
-    for name, kwargs in (
-        ("batch_norm", batch),
-        ("group_norm", dict(input=x, num_groups=8, weight=w, bias=b)),
-        ("layer_norm_2d", dict(input=x, weight=w, bias=b)),
+def test_far_from_zero(mean, fmt, shape, groups):
+    """A mean that is up to a million spreads away: values and gradients to float32's last digits, from the same float32 input."""
+    make = Make(F64, seed=4)
+    x = make(*shape).mul(0.1 * abs(mean) / 1e4).add(mean).float()
+    x = x.to(memory_format=fmt) if x.dim() == 4 else x
+    w, b, dy = make.param(shape[1]).float(), make.param(shape[1]).float(), make(*shape).float()
+    for f in (
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True, eps=1e-20),
+        lambda x, w, b: F.group_norm(x, groups, w, b, eps=1e-20),
+        lambda x, w, b: F.layer_norm_2d(x, w, b, eps=1e-20),
     ):
-        sample = Sample(name, kwargs)
-        cotangent = cotangents(call(OPS[name], sample))
-        check(OPS[name], sample, run(OPS[name], sample, cotangent), cotangent)
-        a, other = x.double(), {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        narrow, wide = ([t.to(dtype).requires_grad_() for t in (x, w, b)] for dtype in (F32, F64))
+        found = f(*narrow)
         with fusegrad.use_reference():
-            exact = call(OPS[name], Sample(name, other | dict(input=a)))[0]
-        assert (call(OPS[name], sample)[0] - exact).abs().max() < 0.02
+            exact = f(*wide)
+        pairs = zip((found, *torch.autograd.grad(found, narrow, dy)), (exact, *torch.autograd.grad(exact, wide, dy.double())))
+        for ours, expected in pairs:
+            assert (ours - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
 SHAPES = ((2, 3, 1, 1), (3, 5, 2, 2), (70, 6, 3, 3), (2, 64, 17, 19), (1, 130, 33, 9), (5, 257, 4, 4), (1, 4, 150, 130), (40, 32, 1, 1))

@@ -2,8 +2,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/div.h>
 #include <ATen/ops/sum.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <functional>
@@ -73,14 +73,16 @@ class Walk {
     if (columns >= size) f(0, columns / size, size, 0);
     if (columns % size) f(columns - columns % size, 1, columns % size, columns / size);
   }
-  // Tensors [k, rows..., cells], one value of each cell; in the order of the rows, or such that those of a set are next to each
-  // other.
-  Tensor empty_cells(int64_t k) const {
+  // Values of each cell, [k, rows..., cells], in the order of the rows, or such that those of a set are next to each other: in
+  // `results` [k, *], which has one for each set, if that is enough, else in memory of their own.
+  Tensor cell_memory(const Tensor& results, int64_t k) const {
     at::DimVector sizes(sizes_.begin(), sizes_.end() - 1);
     sizes.insert(sizes.begin(), k);
     sizes.push_back((sizes_.back() + cell() - 1) / cell());
     if (swapped()) std::swap(sizes[1], sizes[2]);
-    return at::empty(sizes, wide_options(x_));
+    if (c10::multiply_integers(sizes) != k * results[0].numel()) return at::empty(sizes, wide_options(x_));
+    sizes[0] = results.size(0);
+    return results.view(sizes);
   }
   Tensor cell_values(const Tensor& cells, int64_t i, int64_t first, int64_t count) const {
     at::DimVector sizes{count}, strides{1};
@@ -155,32 +157,27 @@ void check(const char* op, const Tensor& x, const OptTensor& dy, const OptTensor
   frame.params(var, "running_var");
 }
 
-// Mean and variance of each set, into [2, N, groups], or [2, C] without groups.
+// Mean, variance and what the mean lost of each set, into [3, N, groups], or [3, C] without groups.
 void statistics(const Walk& walk, const Tensor& stats) {
   using M = ChannelMoments;
-  const Tensor cells = walk.empty_cells(3);
+  const Tensor cells = walk.cell_memory(stats, 4);
+  const bool alone = cells.is_alias_of(stats);
   walk.for_cells([&](int64_t column, int64_t count, int64_t size, int64_t cell) {
     const Tensor rows = walk.cells(walk.x(), column, count, size);
     Frame frame(walk.op(), rows, "input", rows.dim() - 1, rows.dim());
-    RowArgs<M> args{};
+    RowArgs<M> args{{{}, alone}};
     frame.in(args.in[M::kX], rows, "input");
-    for (int i : {M::kCount, M::kMean, M::kSquares})
-      frame.per_row(args.scalar_out[i], walk.cell_values(cells, i, cell, count), "cell");
+    for (int i = 0; i < cells.size(0); ++i) frame.per_row(args.scalar_out[i], walk.cell_values(cells, i, cell, count), "cell");
     run(frame, args);
   });
+  if (alone) return;
   using S = ChannelStatistics;
   const int64_t sets = stats[0].numel();
-  const Tensor by_set = cells.view({3, sets, sets ? cells.numel() / (3 * sets) : 0});
-  if (by_set.size(2) == 1) {
-    stats[0].view(-1).copy_(by_set[M::kMean].view(-1));
-    Tensor var = stats[1].view(-1);
-    at::div_out(var, by_set[M::kSquares].view(-1), by_set[M::kCount].view(-1));
-    return;
-  }
+  const Tensor by_set = cells.view({4, sets, sets ? cells.numel() / (4 * sets) : 0});
   Frame frame(walk.op(), by_set[0], "input", 1, 2);
   RowArgs<S> args{};
-  for (int i : {S::kCount, S::kMean, S::kSquares}) frame.in(args.in[i], by_set[i], "cells");
-  for (int i : {0, 1}) frame.per_row(args.scalar_out[i], stats[i].view(-1), "statistics");
+  for (int i : {S::kMean, S::kSquares, S::kLost, S::kCount}) frame.in(args.in[i], by_set[i], "cells");
+  for (int i : {S::kToMean, S::kToVar, S::kToLost}) frame.per_row(args.scalar_out[i], stats[i].view(-1), "statistics");
   run(frame, args);
 }
 
@@ -191,10 +188,11 @@ Tensor per_channel(const Tensor& t, int64_t channels) {
 }
 
 template <class Op>
-void channel_rows(Frame& frame, RowArgs<Op>& args, const Tensor& mean, const Tensor& var, const OptTensor& w, const OptTensor& b,
-                  const std::function<Tensor(const Tensor&)>& cut) {
+void channel_rows(Frame& frame, RowArgs<Op>& args, const Tensor& mean, const Tensor& var, const OptTensor& lost, const OptTensor& w,
+                  const OptTensor& b, const std::function<Tensor(const Tensor&)>& cut) {
   frame.per_row(args.scalar_in[ChannelRow::kMean], cut(mean), "mean");
   frame.per_row(args.scalar_in[ChannelRow::kVar], cut(var), "var");
+  if (given(lost)) frame.per_row(args.scalar_in[ChannelRow::kLost], cut(*lost), "mean");
   if (given(w)) frame.per_row(args.scalar_in[ChannelRow::kW], cut(*w), "weight");
   if (given(b)) frame.per_row(args.scalar_in[ChannelRow::kB], cut(*b), "bias");
 }
@@ -291,15 +289,15 @@ void group_rows_fwd(const char* op, const Tensor& x, const OptTensor& w, const O
     args.param[F::kW] = frame.params(given(w) ? OptTensor((*ws)[g]) : w, "weight");
     args.param[F::kB] = frame.params(given(b) ? OptTensor((*bs)[g]) : b, "bias");
     frame.out(args.out[F::kY], rows.of(y, g));
-    for (int i : {F::kMean, F::kVar}) frame.per_row(args.scalar_out[i], stats[i].select(1, g), "statistics");
+    for (int i : {F::kMean, F::kVar, F::kLost}) frame.per_row(args.scalar_out[i], stats[i].select(1, g), "statistics");
     run(frame, args);
   });
 }
 
 // The sums over the samples of each channel, where they are needed: [C] of dz h and of dz.
 std::array<Tensor, 2> group_rows_bwd(const char* op, const Tensor& dy, const Tensor& x, const OptTensor& w, const OptTensor& b,
-                                     const Tensor& mean, const Tensor& var, const OptTensor& dx, const ChannelRow& channel,
-                                     int64_t groups, bool dw, bool db) {
+                                     const Tensor& mean, const Tensor& var, const Tensor& lost, const OptTensor& dx,
+                                     const ChannelRow& channel, int64_t groups, bool dw, bool db) {
   using B = GroupNormBwd;
   const GroupRows rows(x, groups);
   const OptTensor ws = rows.columns(w), bs = rows.columns(b);
@@ -314,6 +312,7 @@ std::array<Tensor, 2> group_rows_bwd(const char* op, const Tensor& dy, const Ten
     args.param[B::kB] = frame.params(given(b) ? OptTensor((*bs)[g]) : b, "bias");
     frame.per_row(args.scalar_in[B::kMean], mean.select(1, g), "mean");
     frame.per_row(args.scalar_in[B::kVar], var.select(1, g), "var");
+    frame.per_row(args.scalar_in[B::kLost], lost.select(1, g), "mean");
     if (given(dx)) frame.out(args.out[B::kDx], rows.of(*dx, g));
     for (int i : {B::kDw, B::kDb})
       if (sums[i].defined()) args.col_out[i] = sums[i][g].mutable_data_ptr();
@@ -338,7 +337,7 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
   check(op, x, {}, w, b, r, mean, var);
   Tensor y = empty_as(x), stats;
   if (!given(mean))
-    stats = groups ? at::empty({2, x.size(0), groups}, wide_options(x)) : at::empty({2, x.size(1)}, wide_options(x));
+    stats = groups ? at::empty({3, x.size(0), groups}, wide_options(x)) : at::empty({3, x.size(1)}, wide_options(x));
   const ChannelRow channel{eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)};
   if (!given(mean) && !given(r) && GroupRows::pays(x, groups, {y})) {
     group_rows_fwd(op, x, w, b, y, stats, channel, groups);
@@ -350,44 +349,46 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
     const OptTensor r_some = narrow(r, 0, first, count), found = groups ? narrow(stats, 1, first, count) : stats;
     const Walk walk(op, some, !groups, {r_some, y_some});
     if (given(found)) statistics(groups ? Walk(op, Walk::groups_as_channels(some, groups), false, {}) : walk, *found);
-    const auto of = [&](int i) {
-      return !given(found) ? i ? *var : *mean : groups ? per_channel((*found)[i], x.size(1)) : (*found)[i];
-    };
+    const auto of = [&](int i) { return groups ? per_channel((*found)[i], x.size(1)) : (*found)[i]; };
     const Tensor rows = walk.whole(some);
     Frame frame(op, rows, "input", walk.rows(), rows.dim());
     RowArgs<F> args{{{}, channel}};
     frame.in(args.in[F::kX], rows, "input");
     frame.in(args.in[F::kR], given(r) ? walk.whole(*r_some) : rows, "residual");
-    channel_rows(frame, args, of(0), of(1), w, b, [&](const Tensor& t) { return walk.spread(t); });
+    const auto spread = [&](const Tensor& t) { return walk.spread(t); };
+    if (given(found))
+      channel_rows(frame, args, of(0), of(1), of(2), w, b, spread);
+    else
+      channel_rows(frame, args, *mean, *var, {}, w, b, spread);
     frame.out(args.out[F::kY], walk.whole(y_some));
     run(frame, args);
   });
   return {y, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,    // [N, C, *]
-                                                            const Tensor& x,     // [N, C, *]
-                                                            const OptTensor& w,  // [C]
-                                                            const OptTensor& b,  // [C]
-                                                            const OptTensor& r,  // [N, C, *]
-                                                            const Tensor& mean,  // [N, groups], or [C] without groups
-                                                            const Tensor& var,   // the same
-                                                            int64_t groups, double eps, int64_t activation,
-                                                            bool constant,  // the statistics do not depend on x
-                                                            std::array<bool, 4> needed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(
+    const Tensor& dy,       // [N, C, *]
+    const Tensor& x,        // [N, C, *]
+    const OptTensor& w,     // [C]
+    const OptTensor& b,     // [C]
+    const OptTensor& r,     // [N, C, *]
+    const Tensor& mean,     // [N, groups], or [C] without groups
+    const Tensor& var,      // the same
+    const OptTensor& lost,  // the same; not given: the statistics are constants
+    int64_t groups, double eps, int64_t activation, std::array<bool, 4> needed) {
   RECORD_FUNCTION("fusegrad::channel_norm_bwd", {});
   const at::AutoDispatchBelowADInplaceOrView views_without_a_graph;
   const char* const op = groups ? "group_norm backward" : "batch_norm backward";
   check(op, x, dy, w, b, r, {}, {});
   const int64_t n = x.size(0), c = x.size(1), m = x.numel() / std::max<int64_t>(1, groups ? n * groups : c);
   const ChannelRow channel{eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)};
-  const bool through_sets = needed[0] && !constant, summed = needed[1] || needed[2] || through_sets;
+  const bool through_sets = needed[0] && given(lost), summed = needed[1] || needed[2] || through_sets;
   Tensor dx, dw, db, dr, sums, weights;
   if (needed[0]) dx = empty_as(x);
   if (needed[3]) dr = empty_as(x);
   const auto w_type = given(w) ? w->scalar_type() : x.scalar_type(), b_type = given(b) ? b->scalar_type() : x.scalar_type();
-  if (!constant && !given(r) && !needed[3] && GroupRows::pays(x, groups, {dy, dx})) {
-    const auto [of_w, of_b] = group_rows_bwd(op, dy, x, w, b, mean, var, dx, channel, groups, needed[1], needed[2]);
+  if (given(lost) && !given(r) && !needed[3] && GroupRows::pays(x, groups, {dy, dx})) {
+    const auto [of_w, of_b] = group_rows_bwd(op, dy, x, w, b, mean, var, *lost, dx, channel, groups, needed[1], needed[2]);
     return {dx, needed[1] ? of_w.to(w_type) : of_w, needed[2] ? of_b.to(b_type) : of_b, dr};
   }
   if (summed) sums = groups ? at::empty({2, n, c}, wide_options(x)) : at::empty({2, c}, wide_options(x));
@@ -400,10 +401,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
     const Walk walk(op, some, !groups, {r_some, dy_some, dx_some, dr_some});
     const auto of = [&](const Tensor& t) { return groups ? per_channel(*narrow(t, 0, first, count), c) : t; };
     const Tensor of_mean = of(mean), of_var = of(var);
+    const OptTensor of_lost = given(lost) ? OptTensor(of(*lost)) : lost;
     Tensor g;  // [2, N, C], or [2, C] without groups: what the sets add up to
     if (summed) {
       using B = ChannelSums;
-      const Tensor cells = walk.empty_cells(2);
+      g = groups ? *narrow(sums, 1, first, count) : sums;
+      const Tensor cells = walk.cell_memory(g, 2);
       walk.for_cells([&](int64_t column, int64_t parts, int64_t size, int64_t cell) {
         const auto cut = [&](const Tensor& t) { return walk.cells(t, column, parts, size); };
         const Tensor rows = cut(some);
@@ -412,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
         frame.in(args.in[B::kX], rows, "input");
         frame.in(args.in[B::kDy], cut(dy_some), "gradient");
         frame.in(args.in[B::kR], given(r) ? cut(*r_some) : rows, "residual");
-        channel_rows(frame, args, of_mean, of_var, w, b, [&](const Tensor& t) {
+        channel_rows(frame, args, of_mean, of_var, of_lost, w, b, [&](const Tensor& t) {
           at::DimVector sizes(rows.sizes().begin(), rows.sizes().end() - 1);
           return walk.spread(t).unsqueeze(0).expand(sizes);
         });
@@ -420,9 +423,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
         run(frame, args);
       });
       const int64_t channels = groups ? count * c : c;
-      g = groups ? *narrow(sums, 1, first, count) : sums;
-      const Tensor by_channel = cells.view({2, channels, channels ? cells.numel() / (2 * channels) : 0});
-      by_channel.size(2) == 1 ? void(g.copy_(by_channel.view(g.sizes()))) : totals(op, by_channel, g);
+      if (!cells.is_alias_of(g)) totals(op, cells.view({2, channels, channels ? cells.numel() / (2 * channels) : 0}), g);
       if (groups && through_sets) {
         const Tensor sets = at::empty({2, count * groups}, sums.options());
         const Tensor terms = g.reshape({2, count * groups, c / groups});
@@ -439,7 +440,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy,   
     frame.in(args.in[B::kX], rows, "input");
     frame.in(args.in[B::kDy], walk.whole(dy_some), "gradient");
     frame.in(args.in[B::kR], given(r) ? walk.whole(*r_some) : rows, "residual");
-    channel_rows(frame, args, of_mean, of_var, w, b, cut);
+    channel_rows(frame, args, of_mean, of_var, of_lost, w, b, cut);
     if (through_sets) {
       frame.per_row(args.scalar_in[B::kG], cut(g[0]), "sums");
       frame.per_row(args.scalar_in[B::kGH], cut(g[1]), "sums");

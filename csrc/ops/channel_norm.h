@@ -2,15 +2,15 @@
 // of m elements, which are those of a sample's group of channels, or those of a channel in all samples. With w and b of the
 // channel, r a residual or 0, and f an activation:
 //
-//   mean = sum(x) / m     var = sum((x - mean)^2) / m     rstd = 1 / sqrt(var + eps)     h = (x - mean) rstd
+//   mean = sum(x) / m     var = sum((x - mean)^2) / m     rstd = 1 / sqrt(var + eps)     h = ((x - mean) - lost) rstd
 //   z = h w + b + r       y = f(z)
 //
 //   dz = dy f'(z)     dr = dz     dw = sum over the channel of dz h     db = sum over the channel of dz
 //   dx = rstd (w dz - sum over the set of (w dz) / m - h sum over the set of (w dz h) / m)
 //
-// without the two sums where the statistics are constants. A set and a channel need not be what a driver can walk as a row, so
-// sums are taken in two steps: of cells, parts of one channel in one sample or in many, and of the cells. Where groups are short
-// rows, one walk does it all.
+// without the two sums where the statistics are constants; lost is what the mean lost when it was rounded. A set and a channel need
+// not be what a driver can walk as a row, so sums are taken in two steps: of cells, parts of one channel in one sample or in many,
+// and of the cells. Where groups are short rows, one walk does it all.
 #pragma once
 
 #include "activation.h"
@@ -42,10 +42,11 @@ struct Moments : RowOp {
   }
 };
 
-// A row is a cell.
+// A row is a cell, which may be all of a set.
 struct ChannelMoments : Moments {
-  static constexpr int in = 1, scalar_out = 3;
-  enum { kX, kCount = 0, kMean, kSquares };
+  static constexpr int in = 1, scalar_out = 4;
+  enum { kX, kMean = 0, kSpread, kLost, kCount };
+  bool variance;  // that is the spread, else the sum of the squares
 
   template <class S>
   struct Row {
@@ -56,16 +57,19 @@ struct ChannelMoments : Moments {
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
     const S n = S(at.args.extent.cols);
-    at.put(kSquares, sum.about(row.mean, n));
+    S lost;
+    const S squares = sum.about(row.mean, lost, n);
+    at.put(kSpread, variance ? squares / n : squares);
     at.put(kMean, row.mean);
+    at.put(kLost, lost);
     at.put(kCount, n);
   }
 };
 
 // A row is a set, a column one of its cells.
 struct ChannelStatistics : RowOp {
-  static constexpr int in = 3, scalar_out = 2;
-  enum { kCount, kMean, kSquares, kToMean = 0, kToVar };
+  static constexpr int in = 4, scalar_out = 3;
+  enum { kMean, kSquares, kLost, kCount, kToMean = 0, kToVar, kToLost };
 
   template <class S>
   struct Row {
@@ -81,7 +85,7 @@ struct ChannelStatistics : RowOp {
   }
   template <class A, class R>
   FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In<ChannelStatistics, A>& in) const {
-    const A delta = in.x[kMean] - A(row.mean), moved = in.x[kCount] * delta;
+    const A delta = (in.x[kMean] - A(row.mean)) + in.x[kLost], moved = in.x[kCount] * delta;
     sum.d = sum.d + moved;
     sum.dd = sum.dd + fma(moved, delta, in.x[kSquares]);
   }
@@ -92,32 +96,35 @@ struct ChannelStatistics : RowOp {
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
-    at.put(kToVar, sum.about(row.mean, row.n) / row.n);
+    S lost;
+    at.put(kToVar, sum.about(row.mean, lost, row.n) / row.n);
     at.put(kToMean, row.mean);
+    at.put(kToLost, lost);
   }
 };
 
 // What the walks over the elements share: a row is part of one channel.
 struct ChannelRow {
-  enum { kMean, kVar, kW, kB };
+  enum { kMean, kVar, kLost, kW, kB };
   double eps;
   Activation activation;
   bool residual;  // else what stands in its place is not looked at
 
   template <class S>
   struct Row {
-    S mean, rstd, w, b, g, gh;  // the last two: of the backward
+    S mean, lost, rstd, w, b, g, gh;  // the last two: of the backward
   };
   template <class S, class At>
   FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
     row.mean = at.scalar(kMean);
+    row.lost = at.scalar(kLost);
     row.rstd = rsqrt(at.scalar(kVar) + S(eps));
     row.w = at.scalar(kW, S(1));
     row.b = at.scalar(kB);
   }
   template <class A, class R>
   FUSEGRAD_FN A h(const R& row, A x) const {
-    return (x - A(row.mean)) * A(row.rstd);
+    return ((x - A(row.mean)) - A(row.lost)) * A(row.rstd);
   }
   template <class A>
   FUSEGRAD_FN A z(A h, A w, A b, A r) const {
@@ -135,7 +142,7 @@ struct ChannelRow {
 };
 
 struct ChannelNormFwd : RowOp {
-  static constexpr int in = 2, out = 1, scalar_in = 4;
+  static constexpr int in = 2, out = 1, scalar_in = 5;
   enum { kX, kR, kY = 0 };
   ChannelRow channel;
 
@@ -156,7 +163,7 @@ struct ChannelNormFwd : RowOp {
 
 // A row is a cell.
 struct ChannelSums : RowOp {
-  static constexpr int in = 3, scalar_in = 4, scalar_out = 2;
+  static constexpr int in = 3, scalar_in = 5, scalar_out = 2;
   enum { kX, kDy, kR, kDz = 0, kDzH };
   ChannelRow channel;
 
@@ -212,8 +219,8 @@ struct ChannelTotals : RowOp {
 };
 
 struct ChannelNormBwd : RowOp {
-  static constexpr int in = 3, out = 2, scalar_in = 6, packs = 2;
-  enum { kX, kDy, kR, kDx = 0, kDr, kG = 4, kGH };
+  static constexpr int in = 3, out = 2, scalar_in = 7, packs = 2;
+  enum { kX, kDy, kR, kDx = 0, kDr, kG = 5, kGH };
   ChannelRow channel;
   double m;       // elements of a set
   bool weighted;  // whether the set's sums have the weights in them, or are of one channel
@@ -241,23 +248,24 @@ struct ChannelNormBwd : RowOp {
 
 // A row is a group, a column one of its elements, with w and b of its channel.
 struct GroupNormFwd : Moments {
-  static constexpr int in = 1, params = 2, out = 1, scalar_out = 2;
-  enum { kX, kW = 0, kB, kY = 0, kMean = 0, kVar };
+  static constexpr int in = 1, params = 2, out = 1, scalar_out = 3;
+  enum { kX, kW = 0, kB, kY = 0, kMean = 0, kVar, kLost };
   ChannelRow channel;
   bool shift;  // there is a b
 
   template <class S>
   struct Row {
-    S mean, rstd;
+    S mean, lost, rstd;
   };
 
   using Moments::finish;
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {
-    const S n = S(at.args.extent.cols), var = sum.about(row.mean, n) / n;
+    const S n = S(at.args.extent.cols), var = sum.about(row.mean, row.lost, n) / n;
     row.rstd = rsqrt(var + S(channel.eps));
     at.put(kMean, row.mean);
     at.put(kVar, var);
+    at.put(kLost, row.lost);
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<GroupNormFwd, A>& in, Out<GroupNormFwd, A>& out) const {
@@ -267,14 +275,14 @@ struct GroupNormFwd : Moments {
 };
 
 struct GroupNormBwd : RowOp {
-  static constexpr int in = 2, params = 2, out = 1, col_out = 2, wide_cols = 2, scalar_in = 2, packs = 1;
-  enum { kX, kDy, kW = 0, kB, kDx = 0, kDw = 0, kDb, kMean = 0, kVar };
+  static constexpr int in = 2, params = 2, out = 1, col_out = 2, wide_cols = 2, scalar_in = 3, packs = 1;
+  enum { kX, kDy, kW = 0, kB, kDx = 0, kDw = 0, kDb, kMean = 0, kVar, kLost };
   ChannelRow channel;
   bool shift;  // there is a b
 
   template <class S>
   struct Row {
-    S mean, rstd;
+    S mean, lost, rstd;
     S g, gh;  // the means of w dz and of w dz h
   };
   template <class A>
@@ -287,6 +295,7 @@ struct GroupNormBwd : RowOp {
   template <class S, class At>
   FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
     row.mean = at.scalar(kMean);
+    row.lost = at.scalar(kLost);
     row.rstd = at.args.extent.cols == 1 ? S(0) : rsqrt(at.scalar(kVar) + S(channel.eps));
   }
   template <class A, class R>

@@ -173,9 +173,9 @@ struct LossTotal : RowOp {
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>&, const Totals<S>& sum, const At& at) const {
-    const bool zero = empty_is_zero && sum.weight == S(0);
-    const S divisor = !mean || zero ? S(1) : at.scalar(kItems, items > 0 ? S(items) : sum.weight);
-    at.put(kTotal, zero ? S(0) : sum.loss / divisor);
+    S divisor = mean ? at.scalar(kItems, items > 0 ? S(items) : sum.weight) : S(1);
+    if (mean && empty_is_zero && sum.weight == S(0)) divisor = std::numeric_limits<S>::infinity();  // the gradient is 0 too
+    at.put(kTotal, sum.loss / divisor);
     at.put(kDivisor, divisor);
   }
 };

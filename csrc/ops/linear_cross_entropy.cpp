@@ -267,6 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   if (grads) {
     of_loss.loss = at::ones({}, head.wide());
     if (mean) of_loss.divisor = given(divisor) ? divisor->to(head.wide()) : at::full({}, items, head.wide());
+    if (mean && empty_is_zero)  // as LossTotal, which comes after all chunks
+      of_loss.divisor = at::where(label_weights(target, cw, ignore_index, head.wide()).eq(0),
+                                  std::numeric_limits<double>::infinity(), *of_loss.divisor);
     if (needed[0]) dx = head.gradient(x);
     if (needed[1]) dw = head.tokens() ? head.gradient(w) : head.gradient(w).zero_();
     if (needed[2]) db = at::zeros({head.classes()}, head.wide());

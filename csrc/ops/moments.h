@@ -1,5 +1,6 @@
 // Mean and variance by two sweeps: the second one is about the mean that the first one found, rounded as it is, and also says by
-// how much that was off. The variance loses no digit to a mean that is large beside the deviations.
+// how much that was off. No digit is lost to a mean that is large beside the deviations, if what it lost when it was rounded
+// itself is taken from each deviation too.
 #pragma once
 
 #include "../core/row_op.h"
@@ -22,10 +23,12 @@ struct Spread {
     d = d + delta;
     dd = fma(delta, delta, dd);
   }
-  // Of n items: corrects the mean, returns the sum of the squares about it. No infinity is taken from another one.
-  FUSEGRAD_FN A about(A& mean, A n) const {
-    const A off = d / n, excess = d * off;
-    mean = mean + off;
+  // Of n items: corrects the mean, which is then mean + lost, and returns the sum of the squares about it. No infinity is taken
+  // from another one.
+  FUSEGRAD_FN A about(A& mean, A& lost, A n) const {
+    const A off = d / n, excess = d * off, found = mean + off;
+    lost = off - (found - mean);
+    mean = found;
     return excess < dd ? dd - excess : dd;
   }
 };

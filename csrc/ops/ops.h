@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x, const OptTensor& w,
                                             int64_t activation);
 std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w,
                                                             const OptTensor& b, const OptTensor& r, const Tensor& mean,
-                                                            const Tensor& var, int64_t groups, double eps, int64_t activation,
-                                                            bool constant, std::array<bool, 4> needed);
+                                                            const Tensor& var, const OptTensor& lost, int64_t groups, double eps,
+                                                            int64_t activation, std::array<bool, 4> needed);
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, const OptTensor& w, const OptTensor& b, double eps);
 std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& dy, const Tensor& x, const OptTensor& w, const OptTensor& b,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain, repeat
 
@@ -165,5 +166,5 @@ def _finished(total: DTensor, summed, mesh: DeviceMesh, split: Sequence[tuple | 
     if isinstance(divisor, Tensor):
         divisor = DTensor.from_local(divisor, mesh, _placements(split, [], Partial()), run_check=False)
         divisor = divisor.redistribute(mesh, everywhere)
-        divisor = divisor + (divisor == 0) if summed.empty_is_zero else divisor
+        divisor = torch.where(divisor == 0, math.inf, divisor) if summed.empty_is_zero else divisor
     return total if divisor is None else total / divisor

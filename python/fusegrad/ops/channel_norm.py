@@ -25,8 +25,9 @@ def affine(h: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
 
 
 def group_norm_reference(x: Tensor, w: Tensor | None, b: Tensor | None, groups: int, eps: float, activation: int) -> Tensor:
-    a = wide(x).unflatten(1, (groups, x.shape[1] // groups))
-    var, mean = torch.var_mean(a, tuple(range(2, a.dim())), correction=0, keepdim=True)
+    a = wide(x).unflatten(1, (groups, x.shape[1] // groups)).flatten(2)
+    a = a - a[..., :1].detach()  # no derivative sees it, and the digits of the spread are kept where the mean is large
+    var, mean = torch.var_mean(a, -1, correction=0, keepdim=True)
     h = ((a - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
     return activate(affine(h, w, b), activation).to(x.dtype)
 
@@ -43,20 +44,22 @@ def batch_norm_reference(
 ) -> tuple[Tensor, Tensor | None]:
     a, stats = wide(x), None
     if mean is None:
+        first = a[:1].unsqueeze(-1).flatten(2)[..., :1].detach()  # as in group norm; a batch of none has none
+        a = (a.unsqueeze(-1).flatten(2) - first).reshape(x.shape)
         var, mean = torch.var_mean(a, (0, *range(2, a.dim())), correction=0)
-        stats = torch.stack((mean, var)).detach()
+        stats = torch.stack((mean + first.sum((0, 2)), var)).detach()
     z = affine((a - of_channels(mean, a)) * torch.rsqrt(of_channels(var, a) + eps), w, b)
     return activate(z if residual is None else z + wide(residual), activation).to(x.dtype), stats
 
 
 @torch.library.register_fake("fusegrad::channel_norm_fwd")
 def _(x, w, b, r, mean, var, groups, eps, activation):
-    shape = (2, x.shape[0], groups) if groups else (2, x.shape[1])
+    shape = (3, x.shape[0], groups) if groups else (3, x.shape[1])
     return torch.empty_like(x), x.new_empty(shape, dtype=wide_dtype(x)) if mean is None else None
 
 
 @torch.library.register_fake("fusegrad::channel_norm_bwd")
-def _(dy, x, w, b, r, mean, var, groups, eps, activation, constant, needed):
+def _(dy, x, w, b, r, mean, var, lost, groups, eps, activation, needed):
     dw, db = (x.new_empty(x.shape[1], dtype=x.dtype if p is None else p.dtype) for p in (w, b))
     dx, dr = (torch.empty_like(x) if need else None for need in (needed[0], needed[3]))
     return dx, dw if needed[1] else None, db if needed[2] else None, dr
@@ -84,7 +87,7 @@ class GroupNormFn(Function):
         if dy is not None:
             x, w, b, stats = ctx.saved_tensors
             needed = (*ctx.needs_input_grad[:3], False)
-            grads = channel_norm_bwd(dy, x, w, b, None, stats[0], stats[1], *ctx.options, False, needed)[:3]
+            grads = channel_norm_bwd(dy, x, w, b, None, *stats, *ctx.options, needed)[:3]
         return *grads, None, None, None
 
 
@@ -120,13 +123,11 @@ class BatchNormFn(Function):
             x, w, b, r, mean, var, stats = ctx.saved_tensors
             eps, activation = ctx.options
             dx, dw, db, dr = ctx.needs_input_grad[:4]
-            constant = stats is None
-            if not constant:
-                mean, var = stats[0], stats[1]
+            statistics = (mean, var, None) if stats is None else stats.unbind()
             grads = (None, None, None, dy if dr and not activation else None)
             if dx or dw or db or (dr and activation):
                 needed = (dx, dw, db, dr and bool(activation))
-                *found, of_residual = channel_norm_bwd(dy, x, w, b, r, mean, var, 0, eps, activation, constant, needed)
+                *found, of_residual = channel_norm_bwd(dy, x, w, b, r, *statistics, 0, eps, activation, needed)
                 grads = (*found, grads[3] if of_residual is None else of_residual)
         return *grads, None, None, None, None
 
@@ -167,7 +168,7 @@ def group_norm(
 
     Returns:
         The shape and dtype of `input` (float32 under CUDA autocast, as torch), in its memory format. Saved for backward: input,
-        weight, bias and two float32 per group of each sample; what the activation is applied to is recomputed.
+        weight, bias and three float32 per group of each sample; what the activation is applied to is recomputed.
 
     Raises:
         TypeError: a dtype that does not go with the input's. RuntimeError: a shape that does not fit, a number of groups that does not
@@ -232,7 +233,7 @@ def batch_norm(
         residual: the shape and dtype of `input`, any layout; added before the activation.
 
     Returns:
-        The shape and dtype of `input`, in its memory format. Saved for backward: input, weight, bias, two float32 per channel (or the
+        The shape and dtype of `input`, in its memory format. Saved for backward: input, weight, bias, three float32 per channel (or the
         running statistics), and the residual if there is an activation.
 
     Raises:
@@ -442,7 +443,7 @@ GROUP_NORM = Op(
     layout_bits=False,
     saved_bytes=lambda kwargs: (
         _bytes(*(kwargs.get(k) for k in ("input", "weight", "bias")))
-        + 2 * kwargs["input"].shape[0] * kwargs["num_groups"] * wide_dtype(kwargs["input"]).itemsize
+        + 3 * kwargs["input"].shape[0] * kwargs["num_groups"] * wide_dtype(kwargs["input"]).itemsize
     ),
     workspace=_cells,
     shards=lambda x, *_: (range(1, x.dim()), {}),
@@ -454,7 +455,7 @@ GROUP_NORM = Op(
 def _batch_norm_saved(kwargs):
     x = kwargs["input"]
     kept = [kwargs.get(k) for k in ("input", "weight", "bias", "running_mean", "running_var")]
-    stats = 2 * x.shape[1] * wide_dtype(x).itemsize if kwargs.get("training") else 0
+    stats = 3 * x.shape[1] * wide_dtype(x).itemsize if kwargs.get("training") else 0
     return _bytes(*kept, kwargs.get("residual") if kwargs.get("activation") else None) + stats
 
 

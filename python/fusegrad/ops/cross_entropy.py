@@ -49,8 +49,9 @@ def cross_entropy_reference(
     loss = torch.where(kept, loss + z_loss * lse.square(), 0)
     if reduce:
         divisor = label_weight.sum() if num_items is None and items == 0 else items if num_items is None else wide(num_items)
-        divisor = divisor if mean else 1
-        loss = loss.sum() / divisor if not empty_is_zero else torch.where(label_weight.sum() == 0, 0, loss.sum() / divisor)
+        if mean and empty_is_zero:
+            divisor = torch.where(label_weight.sum() == 0, math.inf, divisor)  # the gradient is 0 too
+        loss = loss.sum() / divisor if mean else loss.sum()
     dtype = z.dtype if wide_out else x.dtype
     return loss.to(dtype), torch.where(kept, lse, 0).to(dtype) if return_lse else None
 
@@ -171,7 +172,7 @@ def cross_entropy(
         num_items: divisor of "mean" instead, a number or a scalar tensor (a constant: no gradient), so that accumulated
             micro-batches add up to the gradient of one big batch.
         return_lse: also return the log-partition function of every item, `target`'s shape; gradients flow through it.
-        empty: "nan" or "zero": the mean over no item at all.
+        empty: "nan" or "zero": the mean over no item at all, or over items whose classes weigh nothing; of "zero" the gradient is 0 too.
 
     Returns:
         The loss in the input's dtype (float32 under autocast, as torch, without casting the logits), or `(loss, lse)`.
@@ -287,6 +288,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
+def without_first(weight: Tensor) -> Tensor:
+    """Weights of classes of which the first weighs nothing."""
+    return torch.cat((torch.zeros_like(weight[:1]), weight[1:]))
+
+
 def _samples(make):
     yield Sample("plain", dict(input=make(6, 37), target=make.labels(6, classes=37)))
     yield Sample("sum", dict(input=make(4, 10, scale=5), target=make.labels(4, classes=10), reduction="sum"))
@@ -316,6 +322,8 @@ def _samples(make):
     yield Sample("num_items_tensor", dict(input=make(6, 11), target=make.labels(6, classes=11), num_items=make.number(13.0)))
     yield Sample("empty_zero", dict(input=make(3, 8), target=make.labels(3, classes=8, ignore="all"), empty="zero"))
     yield Sample("not_empty", dict(input=make(4, 8), target=make.labels(4, classes=8, ignore=-100), empty="zero", z_loss=0.1))
+    yield Sample("no_weight", dict(input=make(3, 8), target=make.labels(3, classes=1), weight=without_first(make.param(8, positive=True)),
+                                   label_smoothing=0.1, empty="zero"))  # fmt: skip
     yield Sample("empty_nan", dict(input=make(3, 8), target=make.labels(3, classes=8, ignore="all")))
     yield Sample("no_rows", dict(input=make(0, 8), target=make.labels(0, classes=8), reduction="sum"))
     yield Sample("large_logits", dict(input=make(4, 300, scale=200), target=make.labels(4, classes=300)))

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from .. import _op
 from .._autograd import Function, differentiable
 from .._op import SHAPES, Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
-from .cross_entropy import cross_entropy, cross_entropy_reference, described, loss_items, loss_numbers, summed_options
+from .cross_entropy import (
+    cross_entropy,
+    cross_entropy_reference,
+    described,
+    loss_items,
+    loss_numbers,
+    summed_options,
+    without_first,
+)
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = compiled("linear_cross_entropy_bwd")
@@ -416,6 +424,9 @@ def _samples(make):
     yield sample("chunks_none", 7, 5, 9, options=_Options(batch_chunk_size=3), reduction="none", param=True)
     yield sample("aspect_ratio", 9, 4, 12, options=_Options(chunking_method="aspect_ratio:2"))
     yield sample("empty_zero", 3, 4, 6, ignore="all", empty="zero")
+    nothing = sample("no_weight", 3, 4, 6, weight=without_first(make.param(6, positive=True)), empty="zero", label_smoothing=0.1)
+    nothing.kwargs["target"] = make.labels(3, classes=1)
+    yield nothing
     yield sample("empty_nan", 3, 4, 6, ignore="all", bias=True)
     yield sample("no_tokens", 0, 4, 6, reduction="sum", bias=True)
     yield sample("one_class", 3, 4, 1)
