@@ -273,6 +273,14 @@ def test_errors(call, error, text):
     assert str(caught.value).startswith(text)
 
 
+def test_the_bias_is_reset():
+    m = fusegrad.nn.BiasDropoutAdd(8, device="meta").to_empty(device="cpu")
+    torch.nn.init.ones_(m.bias)
+    m.reset_parameters()
+    assert not m.bias.any()
+    fusegrad.nn.BiasDropoutAdd(8, bias=False).reset_parameters()
+
+
 def test_nothing_is_drawn_where_nothing_is_dropped():
     x = torch.randn(3, 4, device=DEVICE)
     torch.manual_seed(0)

@@ -291,6 +291,7 @@ _DROPOUT = {
     "column_strided": dict(p=0.5),
     "expanded": dict(p=1.0),
     "transposed": dict(p=0.3, training=False),
+    "no_rows": dict(p=0.2, training=False),
 }
 
 

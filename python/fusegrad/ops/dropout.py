@@ -195,8 +195,10 @@ def bias_dropout_add(input: Tensor, bias: Tensor | None, residual: Tensor, p: fl
         error = RuntimeError if residual.dtype == input.dtype else TypeError
         expected, fact = f"{input.dtype} {list(input.shape)}", f"{residual.dtype} {list(residual.shape)}"
         raise error(f"bias_dropout_add: residual must have the dtype and shape of input ({expected}), got {fact}")
-    if bias is not None and bias.shape != input.shape[-1:]:
-        raise RuntimeError(f"bias_dropout_add: bias must have shape {list(input.shape[-1:])}, got {list(bias.shape)}")
+    if bias is not None:
+        check_tensor("bias_dropout_add", "bias", bias)
+        if bias.shape != input.shape[-1:]:
+            raise RuntimeError(f"bias_dropout_add: bias must have shape {list(input.shape[-1:])}, got {list(bias.shape)}")
     seed = draw_seed(input) if p > 0 else input.new_zeros((), dtype=torch.int64)  # without a dropout no number is drawn
     return BiasDropoutAddFn.call((input, bias, residual, seed), p)
 
@@ -214,7 +216,12 @@ class BiasDropoutAdd(torch.nn.Module):
     def __init__(self, num_features: int, p: float = 0.5, bias: bool = True, device=None, dtype=None):
         super().__init__()
         self.num_features, self.p = num_features, probability("BiasDropoutAdd", p)
-        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter("bias", torch.nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         return bias_dropout_add(input, self.bias, residual, self.p, self.training)
@@ -249,6 +256,7 @@ def _bias_dropout_add_samples(make):
     yield sample("no_bias", 6, 40, bias=False, p=0.3)
     yield sample("no_bias_strided", 3, 4, 16, layout="packed_heads", bias=False)
     yield sample("evaluation", 5, 24, p=0.1, training=False)
+    yield sample("evaluation_no_bias", 4, 9, p=0.1, bias=False, training=False)
     yield sample("nothing_dropped", 5, 24, p=0.0)
     yield sample("all_dropped", 5, 24, p=1.0)
     yield sample("one_row", 129, p=0.25)
