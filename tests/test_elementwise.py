@@ -216,7 +216,7 @@ BAD = [
     (lambda x: fused.bias_act(x, torch.ones(8), dim=2), IndexError, "bias_act: dim must be in [-2, 1] for input [4, 8], got 2"),
     (lambda x: fused.bias_act(x, activation="swish"), ValueError, "bias_act: activation must be one of identity, relu"),
     (lambda x: fused.bias_act(x, torch.ones(8).double()), TypeError, "bias_act: bias must be Float, got Double"),
-    (lambda x: fused.linear(x, torch.ones(3, 7)), RuntimeError, "linear: weight must have shape [out, in] for input [*, in] ([4, 8]), got [3, 7]"),
+    (lambda x: fused.linear(x, torch.ones(3, 7)), RuntimeError, "linear: weight must have shape [out, in] or [in] for input [*, in] ([4, 8]), got [3, 7]"),
     (lambda x: fused.linear(x, torch.ones(3, 8), torch.ones(2)), RuntimeError, "linear: bias must have shape [3], got [2]"),
     (lambda x: fused.linear(x, torch.ones(3, 8).half()), TypeError, "linear: weight must be torch.float32, as input is, got torch.float16"),
     (lambda x: fused.linear(x, torch.ones(3, 8), activation="x"), ValueError, "linear: activation must be one of identity"),

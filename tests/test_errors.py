@@ -2,6 +2,7 @@
 """Bad input: an error of torch's type that names op, argument, expectation and fact; and what torch accepts is accepted."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 
 import fusegrad
 import fusegrad.functional as fused
+from fusegrad import nn
 
 x = torch.randn(4, 8)
 labels = torch.tensor([0, 1, 2, 3])
+ones, learned = torch.ones(8), torch.ones(8, requires_grad=True)
 sparse, nested = x.to_sparse(), torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
 
 BAD = [
@@ -21,8 +24,8 @@ BAD = [
     (lambda: fused.rms_norm(x, 8), TypeError, "rms_norm: normalized_shape must be a sequence of sizes, got int"),
     (lambda: fused.rms_norm([1.0], (1,)), TypeError, "rms_norm: input must be a Tensor, got list"),
     (lambda: fused.rms_norm(x, (8,), torch.ones(7)), RuntimeError, "rms_norm: weight must have shape [8], got [7]"),
-    (lambda: fused.rms_norm(x, (8,), torch.ones(8).double()), TypeError, "rms_norm: weight must be Float, got Double"),
-    (lambda: fused.rms_norm(x.half(), (8,), torch.ones(8).bfloat16()), TypeError, "rms_norm: weight must be Half or Float, got BFloat16"),
+    (lambda: fused.layer_norm(x, (8,), torch.ones(8).double()), TypeError, "layer_norm: weight must be Float, got Double"),
+    (lambda: fused.layer_norm(x.half(), (8,), torch.ones(8).bfloat16()), TypeError, "layer_norm: weight must be Half or Float, got BFloat16"),
     (lambda: fused.rms_norm(x, (8,), torch.ones(8, device="meta")), RuntimeError, "rms_norm: weight must be on cpu, where the first argument is, got a tensor on meta"),
     (lambda: fused.rms_norm(sparse, (8,)), RuntimeError, "rms_norm: input must be a dense tensor, got a tensor of layout Sparse"),
     (lambda: fused.rms_norm(x, (8,), cast_order="gemma"), ValueError, "rms_norm: cast_order must be 'torch' or 'llama', got 'gemma'"),
@@ -30,7 +33,7 @@ BAD = [
     (lambda: fused.swiglu(x, x.double()), TypeError, "swiglu: up must have the dtype and shape of gate (torch.float32 [4, 8]), got torch.float64 [4, 8]"),
     (lambda: fused.swiglu(x[:, :7]), RuntimeError, "swiglu: input must have an even size in dimension 1, got [4, 7]"),
     (lambda: fused.swiglu(x, dim=2), IndexError, "swiglu: dim must be in [-2, 1] for input [4, 8], got 2"),
-    (lambda: fused.swiglu(torch.tensor(1.0)), IndexError, "swiglu: dim must be in [0, -1] for input [], got -1"),
+    (lambda: fused.swiglu(torch.tensor(1.0)), RuntimeError, "swiglu: input must have at least one dimension, got a scalar"),
     (lambda: fused.swiglu(sparse), RuntimeError, "swiglu: input must be a dense tensor, got a tensor of layout Sparse"),
     (lambda: fused.swiglu(None), TypeError, "swiglu: gate must be a Tensor, got NoneType"),
     (lambda: fused.cross_entropy(x, torch.tensor([0, 1, 2, 8])), IndexError, "cross_entropy: target must be in [0, 8) or ignore_index (-100), got 8"),
@@ -39,8 +42,8 @@ BAD = [
     (lambda: fused.cross_entropy(x, labels.int()), RuntimeError, "cross_entropy: target must be int64 (class indices), got torch.int32"),
     (lambda: fused.cross_entropy(x, labels, torch.ones(7)), RuntimeError, "cross_entropy: weight must have one element per class ([8]), got [7]"),
     (lambda: fused.cross_entropy(x, labels, torch.ones(8).double()), TypeError, "cross_entropy: weight must be Float, got Double"),
-    (lambda: fused.cross_entropy(x, labels, torch.ones(8, requires_grad=True)), RuntimeError, "cross_entropy: weight must not require grad, it is a constant factor"),
-    (lambda: fused.linear_cross_entropy(x, x, labels, weight=torch.ones(4, requires_grad=True)), RuntimeError, "linear_cross_entropy: weight must not require grad, it is a constant factor"),
+    (lambda: fused.cross_entropy(x, labels, torch.ones(8, requires_grad=True)), RuntimeError, "cross_entropy: weight must not require grad, it is a constant"),
+    (lambda: fused.linear_cross_entropy(x, x, labels, weight=torch.ones(4, requires_grad=True)), RuntimeError, "linear_cross_entropy: weight must not require grad, it is a constant"),
     (lambda: fused.cross_entropy(x, labels, reduction="average"), ValueError, "cross_entropy: reduction must be 'mean', 'sum' or 'none', got 'average'"),
     (lambda: fused.cross_entropy(x, labels, label_smoothing=1.5), RuntimeError, "cross_entropy: label_smoothing must be in [0, 1], got 1.5"),
     (lambda: fused.cross_entropy(x, labels, empty="one"), ValueError, "cross_entropy: empty must be 'nan' or 'zero', got 'one'"),
@@ -56,6 +59,58 @@ BAD = [
     (lambda: fused.exp(labels), TypeError, "exp: input must be a floating-point tensor, got torch.int64"),
     (lambda: fused.mse_loss(x.cfloat(), x), TypeError, "mse_loss: input and target must be real, got torch.complex64 and torch.float32"),
     (lambda: fused.cross_entropy(sparse, labels), RuntimeError, "cross_entropy: input must be a dense tensor, got a tensor of layout Sparse"),
+    (lambda: fused.batch_norm(x, learned, ones), RuntimeError, "batch_norm: running_mean must not require grad, it is a constant"),
+    (lambda: fused.batch_norm(x, ones, learned, training=True), RuntimeError, "batch_norm: running_var must not require grad, it is a constant"),
+    (lambda: fused.cross_entropy(x, labels, num_items=learned[0]), RuntimeError, "cross_entropy: num_items must not require grad, it is a constant"),
+    (lambda: fused.linear_cross_entropy(x, x, labels[:4] % 4, num_items=learned[0]), RuntimeError, "linear_cross_entropy: num_items must not require grad, it is a constant"),
+    (lambda: fused.cross_entropy(x, labels, ignore_index=1.9), TypeError, "cross_entropy: ignore_index must be an int, got float"),
+    (lambda: fused.cross_entropy(x, labels, ignore_index=True), TypeError, "cross_entropy: ignore_index must be an int, got bool"),
+    (lambda: fused.linear_cross_entropy(x, x, labels, ignore_index="2"), TypeError, "linear_cross_entropy: ignore_index must be an int, got str"),
+    (lambda: fused.linear_token_log_probs(x, x, labels, ignore_index=1.0), TypeError, "linear_token_log_probs: ignore_index must be an int, got float"),
+    (lambda: fused.vocab_parallel_cross_entropy(x, labels, ignore_index=1.0), TypeError, "vocab_parallel_cross_entropy: ignore_index must be an int, got float"),
+    (lambda: fused.batch_norm(x, None, None, training=True, momentum="x"), TypeError, "batch_norm: momentum must be a number (no gradient flows to it), got str"),
+    (lambda: fused.batch_norm(x, ones, ones, eps="x"), TypeError, "batch_norm: eps must be a number (no gradient flows to it), got str"),
+    (lambda: fused.huber_loss(x, x, delta="1"), TypeError, "huber_loss: delta must be a number (no gradient flows to it), got str"),
+    (lambda: fused.smooth_l1_loss(x, x, beta="1"), TypeError, "smooth_l1_loss: beta must be a number (no gradient flows to it), got str"),
+    (lambda: fused.js_div(x, x, beta="1"), TypeError, "js_div: beta must be a number (no gradient flows to it), got str"),
+    (lambda: fused.cross_entropy(x, labels, label_smoothing="1"), TypeError, "cross_entropy: label_smoothing must be a number (no gradient flows to it), got str"),
+    (lambda: fused.group_norm(x, 2.0), TypeError, "group_norm: num_groups must be an int, got float"),
+    (lambda: fused.group_norm(x, None), TypeError, "group_norm: num_groups must be an int, got NoneType"),
+    (lambda: fused.softmax(x, 1.0), TypeError, "softmax: dim must be an int, got float"),
+    (lambda: fused.glu(x, 1.0), TypeError, "glu: dim must be an int, got float"),
+    (lambda: fused.swiglu(x, dim=0.5), TypeError, "swiglu: dim must be an int, got float"),
+    (lambda: fused.bias_act(x, ones, dim=0.5), TypeError, "bias_act: dim must be an int, got float"),
+    (lambda: fused.bias_act(torch.tensor(1.0), ones), RuntimeError, "bias_act: input must have at least one dimension for a bias, got a scalar"),
+    (lambda: fused.glu(torch.tensor(1.0)), RuntimeError, "glu: input must have at least one dimension, got a scalar"),
+    (lambda: fused.cross_entropy(x, labels, [1.0] * 8), TypeError, "cross_entropy: weight must be a Tensor, got list"),
+    (lambda: fused.linear_cross_entropy(x, x, labels, weight=[1.0] * 4), TypeError, "linear_cross_entropy: weight must be a Tensor, got list"),
+    (lambda: fused.linear_cross_entropy(x, x, labels, linear_bias=[1.0] * 4), TypeError, "linear_cross_entropy: linear_bias must be a Tensor, got list"),
+    (lambda: fused.layer_norm(x, (8,), [1.0] * 8), TypeError, "layer_norm: weight must be a Tensor, got list"),
+    (lambda: fused.layer_norm_2d(x, [1.0] * 8), TypeError, "layer_norm_2d: weight must be a Tensor, got list"),
+    (lambda: fused.dyt(x, ones[:1], [1.0] * 8, None), TypeError, "dyt: weight must be a Tensor, got list"),
+    (lambda: fused.batch_norm(x, None, None, [1.0] * 8, training=True), TypeError, "batch_norm: weight must be a Tensor, got list"),
+    (lambda: fused.batch_norm(x, None, None, training=True, residual=3), TypeError, "batch_norm: residual must be a Tensor, got int"),
+    (lambda: fused.bias_dropout_add(x, [1.0] * 8, x), TypeError, "bias_dropout_add: bias must be a Tensor, got list"),
+    (lambda: fused.linear(x, x, [1.0] * 4), TypeError, "linear: bias must be a Tensor, got list"),
+    (lambda: fused.linear(x, x, torch.ones(3)), RuntimeError, "linear: bias must have shape [4], got [3]"),
+    (lambda: fused.linear(x, ones[:7]), RuntimeError, "linear: weight must have shape [out, in] or [in] for input [*, in] ([4, 8]), got [7]"),
+    (lambda: fused.rotary_embedding(x, x, x, x, position_ids=labels + 2), IndexError, "rotary_embedding: position_ids must be in [0, 4), the rows of cos, got 2 to 5"),
+    (lambda: nn.SigmoidFocalLoss(reduction="x"), ValueError, "SigmoidFocalLoss: reduction must be 'mean', 'sum' or 'none', got 'x'"),
+    (lambda: nn.SigmoidFocalLoss(alpha="x"), TypeError, "SigmoidFocalLoss: alpha must be a number (no gradient flows to it), got str"),
+    (lambda: nn.JSDivLoss(beta=2), ValueError, "JSDivLoss: beta must be between 0 and 1 (at the ends the divergence is 0: see kl_div), got 2.0"),
+    (lambda: nn.RMSNorm(4, cast_order="x"), ValueError, "RMSNorm: cast_order must be 'torch' or 'llama', got 'x'"),
+    (lambda: nn.AddRMSNorm(4, cast_order="x"), ValueError, "AddRMSNorm: cast_order must be 'torch' or 'llama', got 'x'"),
+    (lambda: nn.CrossEntropyLoss(empty="x"), ValueError, "CrossEntropyLoss: empty must be 'nan' or 'zero', got 'x'"),
+    (lambda: nn.CrossEntropyLoss(logit_softcap=-1), ValueError, "CrossEntropyLoss: logit_softcap must be positive or None, got -1"),
+    (lambda: nn.CrossEntropyLoss(ignore_index=1.9), TypeError, "CrossEntropyLoss: ignore_index must be an int, got float"),
+    (lambda: nn.LinearCrossEntropyLoss(4, 8, empty="x"), ValueError, "LinearCrossEntropyLoss: empty must be 'nan' or 'zero', got 'x'"),
+    (lambda: nn.LinearCrossEntropyLoss(4, 8, options=3), TypeError, "LinearCrossEntropyLoss: options must be a torch.nn.LinearCrossEntropyOptions or None, got int"),
+    (lambda: nn.BiasAct(4, scale="x"), TypeError, "BiasAct: scale must be a number (no gradient flows to it), got str"),
+    (lambda: nn.BiasAct(4, dim=0.5), TypeError, "BiasAct: dim must be an int, got float"),
+    (lambda: nn.ScaledMaskedSoftmax(scale="x"), TypeError, "ScaledMaskedSoftmax: scale must be a number (no gradient flows to it), got str"),
+    (lambda: nn.Scale("a"), TypeError, "Scale: factor must be a number (no gradient flows to it), got str"),
+    (lambda: nn.GradientReversal("a"), TypeError, "GradientReversal: alpha must be a number (no gradient flows to it), got str"),
+    (lambda: nn.SwiGLU("x"), TypeError, "SwiGLU: dim must be an int, got str"),
 ]  # fmt: skip
 
 
@@ -118,6 +173,37 @@ def test_what_torch_accepts():
             torch.testing.assert_close(fused.cross_entropy(x, labels, **args), F.cross_entropy(x, labels, **args))
     assert fused.rms_norm(torch.empty(3, 0), (0,)).shape == (3, 0)
     assert fused.cross_entropy(torch.empty(0, 8), torch.empty(0, dtype=torch.long)).isnan()
+
+
+def test_linear_of_every_shape_that_torch_takes():
+    w, same = torch.randn(5, 8), dict(gelu=F.gelu, tanh=torch.tanh)
+    with fusegrad.strict(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for args in ((x, w[0]), (x[0], w[0]), (x[0], w[0], w[0, 0]), (x, w, w[0, 0]), (x, w, w[0, :1]), (x, w, torch.randn(4, 5))):
+            fusegrad.reset_stats()
+            torch.testing.assert_close(fused.linear(*args), F.linear(*args))
+            assert sum(fusegrad.stats().values()) == (args[1].dim() == 2)
+            for name, act in same.items():
+                torch.testing.assert_close(fused.linear(*args, activation=name), act(F.linear(*args)))
+    torch.testing.assert_close(fused.linear(x, w[0], w[0, 0]), F.linear(x, w[0]) + w[0, 0])  # torch documents it, and refuses it
+    with pytest.raises(RuntimeError, match="strict mode"), fusegrad.strict():
+        fused.linear(x, w, w[0, 0])
+
+
+@pytest.mark.parametrize("of_input", fusegrad._op.KERNEL_DTYPES)
+@pytest.mark.parametrize("of_weight", fusegrad._op.KERNEL_DTYPES)
+def test_rms_norm_of_two_dtypes(of_input, of_weight):
+    """The result and the gradients have the dtypes that torch's have."""
+    z, w = x.to(of_input).requires_grad_(), torch.randn(8).to(of_weight).requires_grad_()
+    fusegrad.reset_stats()
+    with fusegrad.strict(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found, expected = fused.rms_norm(z, (8,), w), F.rms_norm(z, (8,), w)
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(y.sum(), (z, w)) for y in (found, expected)]
+    assert [g.dtype for g in grads[0]] == [of_input, of_weight] == [g.dtype for g in grads[1]]
+    kernel = of_weight in (of_input, fusegrad._op.wide_dtype(z))
+    assert bool(fusegrad.stats()) is not kernel
 
 
 def test_ignored_rows_are_not_read():

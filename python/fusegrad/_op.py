@@ -207,6 +207,28 @@ def real(op: str, name: str, value) -> float:
     return float(value)
 
 
+def integer(op: str, name: str, value) -> int:
+    """An option as an int; torch.compile's symbolic ones stay as they are."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    return value if isinstance(value, torch.SymInt) else int(value)
+
+
+def dimension(op: str, input: Tensor, dim: int) -> int:
+    """A dimension of input, counted from the front; as in torch a scalar counts as a vector."""
+    dim, dims = integer(op, "dim", dim), max(1, input.dim())
+    if not -dims <= dim < dims:
+        raise IndexError(f"{op}: dim must be in [{-dims}, {dims - 1}] for input {list(input.shape)}, got {dim}")
+    return dim % dims
+
+
+def expands(t: Tensor, shape) -> bool:
+    """Whether t broadcasts to that shape."""
+    return t.dim() <= len(shape) and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(shape)))
+
+
 def reduction_of(
     op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None, known=("mean", "sum", "none")
 ) -> str:
@@ -224,7 +246,7 @@ def check_constant(op: str, **tensors) -> None:
     """Raises for one that requires grad: no gradient flows to it, as in torch."""
     for name, value in tensors.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{op}: {name} must not require grad, it is a constant factor")
+            raise RuntimeError(f"{op}: {name} must not require grad, it is a constant")
 
 
 def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:
@@ -239,8 +261,10 @@ def check_normalized_shape(op: str, input, normalized_shape, **params) -> int:
             f"{op}: normalized_shape must be the last dimensions of input ({list(input.shape)}) and at least one, got {list(shape)}"
         )
     for name, param in params.items():
-        if param is not None and param.shape != shape:
-            raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(param.shape)}")
+        if param is not None:
+            check_tensor(op, name, param)
+            if param.shape != shape:
+                raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(param.shape)}")
     return len(shape)
 
 
@@ -263,6 +287,8 @@ def fall_back(op: str, reason: str, tensor: torch.Tensor) -> None:
         )
     if _strict:
         raise RuntimeError(f"{op}: {reason} (strict mode does not fall back to the reference)")
+    if torch.compiler.is_compiling():  # which traces neither a count nor a warning
+        return
     count(op, reason)
     if _stats[op, reason] == 1:
         warnings.warn(f"{op}: {reason}; using the reference, which is plain torch code", stacklevel=5)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._activations import ACTIVATIONS, activate, number
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, overridable, real, wide
+from .._op import Op, Sample, check_tensor, compiled, dimension, integer, overridable, real, wide
 
 bias_act_fwd = compiled("bias_act_fwd")
 bias_act_bwd = compiled("bias_act_bwd")
@@ -114,9 +114,9 @@ def bias_act(
         dim = 0
     else:
         check_tensor("bias_act", "bias", bias)
-        if not -input.dim() <= dim < input.dim():
-            raise IndexError(f"bias_act: dim must be in [{-input.dim()}, {input.dim() - 1}] for input {list(input.shape)}, got {dim}")
-        dim %= input.dim()
+        if input.dim() == 0:
+            raise RuntimeError("bias_act: input must have at least one dimension for a bias, got a scalar")
+        dim = dimension("bias_act", input, dim)
         if bias.shape != input.shape[dim : dim + 1]:
             fact = f"(input is {list(input.shape)}, its dimension {dim}), got {list(bias.shape)}"
             raise RuntimeError(f"bias_act: bias must have shape [{input.shape[dim]}] {fact}")
@@ -129,6 +129,7 @@ class BiasAct(torch.nn.Module):
     def __init__(self, num_features: int | None, activation="gelu", *, scale=1.0, negative_slope=0.01, dim=-1, device=None, dtype=None):
         super().__init__()
         number("BiasAct", activation)
+        real("BiasAct", "scale", scale), real("BiasAct", "negative_slope", negative_slope), integer("BiasAct", "dim", dim)
         self.num_features, self.activation = num_features, activation
         self.options = dict(scale=scale, negative_slope=negative_slope, dim=dim)
         self.bias = None if num_features is None else torch.nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable
-from .._op import SHAPES, Op, Sample, autocast, check_tensor, compiled, overridable, real, wide, wide_dtype
+from .._op import SHAPES, Op, Sample, autocast, check_constant, check_tensor, compiled, integer, overridable, real, wide, wide_dtype
 
 channel_norm_fwd = compiled("channel_norm_fwd")
 channel_norm_bwd = compiled("channel_norm_bwd")
@@ -135,9 +135,12 @@ class BatchNormFn(Function):
 def _check(op: str, input: Tensor, values_per_set: int, **params: Tensor | None) -> None:
     if input.dim() < 2:
         raise ValueError(f"{op}: input must have a batch and a channel dimension, got {list(input.shape)}")
+    shape = input.shape[1:2]
     for name, p in params.items():
-        if p is not None and p.shape != input.shape[1:2]:
-            raise RuntimeError(f"{op}: {name} must have shape [{input.shape[1]}] (input is {list(input.shape)}), got {list(p.shape)}")
+        if p is not None:
+            check_tensor(op, name, p)
+            if p.shape != shape:
+                raise RuntimeError(f"{op}: {name} must have shape {list(shape)} (input is {list(input.shape)}), got {list(p.shape)}")
     if values_per_set == 1:
         raise ValueError(f"{op}: Expected more than 1 value per channel when training, got input {list(input.shape)}")
 
@@ -189,6 +192,7 @@ def group_norm(
     kind = number("group_norm", activation)
     if input.dim() < 2:
         raise RuntimeError(f"group_norm: input must have a batch and a channel dimension, got {list(input.shape)}")
+    num_groups = integer("group_norm", "num_groups", num_groups)
     if num_groups <= 0 or input.shape[1] % num_groups:
         error = RuntimeError if num_groups > 0 else ValueError
         raise error(f"group_norm: num_groups must divide the channels of input ({input.shape[1]}), got {num_groups}")
@@ -224,7 +228,7 @@ def batch_norm(
         input: `[N, C, *]`, float32, float64, float16 or bfloat16, any layout; contiguous and channels_last are walked as they lie.
             Statistics are taken in float32 (float64 for float64), by two sweeps over data that is near.
         running_mean, running_var: `[C]`; required without `training`. In training they are updated in place, if given:
-            `running += momentum * (batch's - running)`, with the unbiased variance.
+            `running += momentum * (batch's - running)`, with the unbiased variance. They must not require grad.
         weight, bias: `[C]`, of the input's dtype, or float32 with a 16-bit input; or None.
         training: whether to use the statistics of the batch.
         momentum: weight of the batch in the running statistics.
@@ -254,16 +258,20 @@ def batch_norm(
     kind = number("batch_norm", activation)
     values = input.shape[0] * math.prod(input.shape[2:]) if training and input.dim() > 1 else 0
     _check("batch_norm", input, values, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
-        error = RuntimeError if residual.dtype == input.dtype else TypeError
-        expected, fact = f"{input.dtype} {list(input.shape)}", f"{residual.dtype} {list(residual.shape)}"
-        raise error(f"batch_norm: residual must have the dtype and shape of input ({expected}), got {fact}")
+    if residual is not None:
+        check_tensor("batch_norm", "residual", residual)
+        if residual.shape != input.shape or residual.dtype != input.dtype:
+            error = RuntimeError if residual.dtype == input.dtype else TypeError
+            expected, fact = f"{input.dtype} {list(input.shape)}", f"{residual.dtype} {list(residual.shape)}"
+            raise error(f"batch_norm: residual must have the dtype and shape of input ({expected}), got {fact}")
+    check_constant("batch_norm", running_mean=running_mean, running_var=running_var)
+    eps, momentum = real("batch_norm", "eps", eps), real("batch_norm", "momentum", momentum)
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must be given when training is False, got None")
     given = (None, None) if training else (running_mean, running_var)
-    y, stats = BatchNormFn.call((input, weight, bias, residual, *given), real("batch_norm", "eps", eps), kind)
+    y, stats = BatchNormFn.call((input, weight, bias, residual, *given), eps, kind)
     if training and input.numel():
         with torch.no_grad():
             unbiased = values / (values - 1)

@@ -19,6 +19,7 @@ from .._op import (
     check_constant,
     check_tensor,
     compiled,
+    integer,
     overridable,
     real,
     reduction_of,
@@ -105,12 +106,14 @@ class CrossEntropyFn(Function):
 
 def loss_numbers(op: str, label_smoothing, z_loss, logit_softcap, logit_scale) -> tuple[float, float, float, float]:
     """As the kernels take them: no soft cap is 0."""
-    if not 0.0 <= label_smoothing <= 1.0:
+    smoothing, cap = real(op, "label_smoothing", label_smoothing), 0.0
+    if not 0.0 <= smoothing <= 1.0:
         raise RuntimeError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
-    cap = 0.0 if logit_softcap is None or logit_softcap == math.inf else real(op, "logit_softcap", logit_softcap)
-    return real(op, "label_smoothing", label_smoothing), real(op, "z_loss", z_loss), cap, real(op, "logit_scale", logit_scale)
+    if logit_softcap is not None:
+        cap = real(op, "logit_softcap", logit_softcap)
+        if not cap > 0:
+            raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
+    return smoothing, real(op, "z_loss", z_loss), 0.0 if cap == math.inf else cap, real(op, "logit_scale", logit_scale)
 
 
 def loss_items(op: str, reduction: str, num_items, empty: str) -> tuple[float, Tensor | None]:
@@ -124,6 +127,7 @@ def loss_items(op: str, reduction: str, num_items, empty: str) -> tuple[float, T
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise RuntimeError(f"{op}: num_items must be a number or have no dimension, got {list(num_items.shape)}")
+        check_constant(op, num_items=num_items)
         return 0.0, num_items
     items = real(op, "num_items", num_items)
     if not items > 0:
@@ -197,6 +201,9 @@ def cross_entropy(
     reduction = reduction_of("cross_entropy", reduction, size_average, reduce)
     numbers = loss_numbers("cross_entropy", label_smoothing, z_loss, logit_softcap, logit_scale)
     items, num_items = loss_items("cross_entropy", reduction, num_items, empty)
+    ignore_index = integer("cross_entropy", "ignore_index", ignore_index)
+    if weight is not None:
+        check_tensor("cross_entropy", "weight", weight)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input must have at least one dimension, got a scalar")
     if target.is_floating_point():
@@ -220,7 +227,7 @@ def cross_entropy(
             raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
         check_constant("cross_entropy", weight=weight)
     loss, lse = CrossEntropyFn.call(
-        (input, target, weight, num_items), int(ignore_index), *numbers, reduction != "none",
+        (input, target, weight, num_items), ignore_index, *numbers, reduction != "none",
         reduction == "mean", items, empty == "zero", autocast(input), return_lse,
         outputs=2,
     )  # fmt: skip
@@ -270,6 +277,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         empty="nan",
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        integer("CrossEntropyLoss", "ignore_index", ignore_index)
+        loss_numbers("CrossEntropyLoss", label_smoothing, z_loss, logit_softcap, logit_scale)
+        loss_items("CrossEntropyLoss", reduction, None, empty)
         self.options = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, return_lse=return_lse, empty=empty)
 
     def extra_repr(self) -> str:

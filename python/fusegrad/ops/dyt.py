@@ -86,6 +86,8 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
     if alpha.numel() != 1:
         raise RuntimeError(f"dyt: alpha must have one element, got {list(alpha.shape)}")
     first = bias if weight is None else weight
+    if first is not None:
+        check_tensor("dyt", "bias" if weight is None else "weight", first)
     shape = input.shape[-1:] if first is None else first.shape
     dims = check_normalized_shape("dyt", input, shape, weight=weight, bias=bias) if len(shape) else 0
     return DyTFn.call((input, alpha.reshape(()), weight, bias), dims)

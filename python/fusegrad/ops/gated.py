@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .._activations import ACTIVATIONS
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, check_tensor, compiled, overridable, wide
+from .._op import Op, Sample, check_tensor, compiled, dimension, integer, overridable, wide
 
 gated_fwd = compiled("gated_fwd")
 gated_bwd = compiled("gated_bwd")
@@ -104,9 +104,9 @@ class GLUFn(_GatedFn):
 
 def _packed(op: str, input: Tensor, dim: int) -> int:
     """The packed dimension, counted from the front."""
-    if not -input.dim() <= dim < input.dim():
-        raise IndexError(f"{op}: dim must be in [{-input.dim()}, {input.dim() - 1}] for input {list(input.shape)}, got {dim}")
-    dim %= input.dim()
+    if input.dim() == 0:
+        raise RuntimeError(f"{op}: input must have at least one dimension, got a scalar")
+    dim = dimension(op, input, dim)
     if input.shape[dim] % 2:
         raise RuntimeError(f"{op}: input must have an even size in dimension {dim}, got {list(input.shape)}")
     return dim
@@ -221,7 +221,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 class _Gated(torch.nn.Module):
     def __init__(self, dim: int = -1):
         super().__init__()
-        self.dim = dim
+        self.dim = integer(type(self).__name__, "dim", dim)
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
         return self.functional(gate, up, dim=self.dim)

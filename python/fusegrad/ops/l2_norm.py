@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, fall_back, overridable, real, wide
+from .._op import Op, Sample, autocast, check_tensor, compiled, dimension, fall_back, overridable, real, wide
 
 l2_norm_fwd = compiled("l2_norm_fwd")
 l2_norm_bwd = compiled("l2_norm_bwd")
@@ -80,14 +80,10 @@ class NormalizeFn(Function):
 def _along(op: str, input: Tensor, dim: int) -> tuple[Tensor, int]:
     """The input in the dtype that torch computes in, and the number of the dimension."""
     check_tensor(op, "input", input)
-    if not isinstance(dim, int):
-        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
-    least = max(1, input.dim())
-    if not -least <= dim < least:
-        raise IndexError(f"{op}: dim must be in [{-least}, {least - 1}] for input {list(input.shape)}, got {dim}")
+    dim = dimension(op, input, dim)
     if input.is_cuda and autocast(input) and input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()
-    return input, dim % least
+    return input, dim
 
 
 @overridable

@@ -86,11 +86,13 @@ def layer_norm_2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | No
     check_tensor("layer_norm_2d", "input", input)
     if input.dim() < 2:
         raise RuntimeError(f"layer_norm_2d: input must have a batch and a channel dimension, got {list(input.shape)}")
+    shape = input.shape[1:2]
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and p.shape != input.shape[1:2]:
-            raise RuntimeError(
-                f"layer_norm_2d: {name} must have shape [{input.shape[1]}] (input is {list(input.shape)}), got {list(p.shape)}"
-            )
+        if p is not None:
+            check_tensor("layer_norm_2d", name, p)
+            if p.shape != shape:
+                fact = f"(input is {list(input.shape)}), got {list(p.shape)}"
+                raise RuntimeError(f"layer_norm_2d: {name} must have shape {list(shape)} {fact}")
     return LayerNorm2dFn.call((input, weight, bias), real("layer_norm_2d", "eps", eps), outputs=1)
 
 

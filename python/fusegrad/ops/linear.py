@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .._activations import activate, number
 from .._autograd import Function, differentiable, is_sharded
-from .._op import SHAPES, Op, Sample, autocast, check_tensor, compiled, overridable, wide
+from .._op import SHAPES, Op, Sample, autocast, check_tensor, compiled, expands, fall_back, overridable, wide
 from .bias_act import bias_act, bias_act_bwd, bias_act_fwd
 
 linear_product = compiled("linear_product")
@@ -99,7 +99,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
     Args:
         input: `[*, in]`, float32, float64, float16 or bfloat16, any layout.
-        weight: `[out, in]`, of the input's dtype. bias: `[out]`, of the input's dtype, or None.
+        weight: `[out, in]`, of the input's dtype: as in torch float32 parameters take no 16-bit input outside autocast.
+            `[in]` and a bias `[]` give `[*]`.
+        bias: `[out]`, of the input's dtype, or None. Another one that broadcasts to the result goes through
+            `torch.nn.functional.linear`.
         activation: None or one of those of `bias_act`.
 
     Returns:
@@ -118,6 +121,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     """
     check_tensor("linear", "input", input)
     check_tensor("linear", "weight", weight)
+    if bias is not None:
+        check_tensor("linear", "bias", bias)
     act = number("linear", activation)
     if autocast(input) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -125,10 +130,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != input.dtype:
             raise TypeError(f"linear: {name} must be {input.dtype}, as input is, got {t.dtype}")
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"linear: weight must have shape [out, in] for input [*, in] ({list(input.shape)}), got {list(weight.shape)}")
+    if weight.dim() not in (2, 1) or input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
+        expected = f"[out, in] or [in] for input [*, in] ({list(input.shape)})"
+        raise RuntimeError(f"linear: weight must have shape {expected}, got {list(weight.shape)}")
+    if weight.dim() == 1 and (bias is None or bias.dim() == 0):
+        return linear(input, weight[None], None if bias is None else bias[None], activation=activation).squeeze(-1)
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+        if weight.dim() == 1 or not expands(bias, input.shape[:-1] + weight.shape[:-1]):
+            raise RuntimeError(f"linear: bias must have shape {list(weight.shape[:-1])}, got {list(bias.shape)}")
+        fall_back("linear", "bias broadcasts", input)
+        return activate(F.linear(input, weight, bias), act)
     if is_sharded(input):  # torch knows which products need no communication
         rows = input if input.dim() > 1 else input.unsqueeze(0)  # of one row torch's product has a wrong shape
         y = F.linear(rows, weight, bias) if act == _IDENTITY else bias_act(F.linear(rows, weight), bias, activation)
@@ -137,7 +148,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear` with an activation in the same pass as the bias; parameters and state dict are torch's. See `linear`."""
+    """`torch.nn.Linear` with an activation in the same pass as the bias; parameters and state dict are torch's, and as there
+    16-bit input takes 16-bit parameters, or autocast. See `linear`."""
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, activation=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -199,6 +211,7 @@ LINEAR = Op(
     saved_bytes=_saved_bytes,
     bench=_bench,
     shapes=(*SHAPES[:5], (512, 512), (2048, 1024), (4096, 256), (65536, 256)),  # layers have no more features
+    by_reference="a bias that broadcasts",
     kernels=("bias_act_fwd", "bias_act_bwd"),
     layout_bits=False,
     gemm="torch",

@@ -10,7 +10,21 @@ from torch.nn import functional as F
 
 from .. import _op
 from .._autograd import Function, differentiable
-from .._op import SHAPES, Op, Sample, Summed, autocast, check_constant, check_tensor, compiled, overridable, reduction_of, wide, wide_dtype
+from .._op import (
+    SHAPES,
+    Op,
+    Sample,
+    Summed,
+    autocast,
+    check_constant,
+    check_tensor,
+    compiled,
+    integer,
+    overridable,
+    reduction_of,
+    wide,
+    wide_dtype,
+)
 from .cross_entropy import (
     cross_entropy,
     cross_entropy_reference,
@@ -128,14 +142,22 @@ class LinearTokenLogProbsFn(Function):
         return _backward(ctx, dloss, dlse, saved, (ignore_index, 0.0, 0.0, softcap, scale, chunk))
 
 
+def ignored(op: str, ignore_index: int | None) -> int:
+    return -100 if ignore_index is None else integer(op, "ignore_index", ignore_index)
+
+
+def _chunking(op, options):
+    try:
+        return options.batch_chunk_size, options.chunking_method, options.acc_dtype
+    except AttributeError:
+        raise TypeError(f"{op}: options must be a torch.nn.LinearCrossEntropyOptions or None, got {type(options).__name__}") from None
+
+
 def _chunk(op, options, x):
     """What the kernel is told of the tokens per chunk: their number, or -n for "aspect_ratio:n", or 0 for its own choice."""
     if options is None:
         return 0
-    try:
-        size, method, acc_dtype = options.batch_chunk_size, options.chunking_method, options.acc_dtype
-    except AttributeError:
-        raise TypeError(f"{op}: options must be a torch.nn.LinearCrossEntropyOptions or None, got {type(options).__name__}") from None
+    size, method, acc_dtype = _chunking(op, options)
     if acc_dtype not in (None, x.dtype, wide_dtype(x)):
         raise RuntimeError(f"{op}: options.acc_dtype must be None or {wide_dtype(x)} for input of {x.dtype}, got {acc_dtype}")
     if method == "auto":
@@ -154,6 +176,8 @@ def _check(op, input, linear_weight, target, linear_bias):
     check_tensor(op, "target", target)
     if input.dim() == 0:
         raise RuntimeError(f"{op}: input must have at least one dimension, got a scalar")
+    if linear_bias is not None:
+        check_tensor(op, "linear_bias", linear_bias)
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         placements = getattr(t, "placements", ())  # of a DTensor
         if any(not p.is_replicate() for p in placements):
@@ -236,6 +260,8 @@ def linear_cross_entropy(
     _check(op, input, linear_weight, target, linear_bias)
     if input.dim() > 2:
         raise RuntimeError(f"{op}: input must have one or two dimensions, got {list(input.shape)}")
+    if weight is not None:
+        check_tensor(op, "weight", weight)
     reduction_of(op, reduction)
     numbers, divisor = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale), num_items
     items, num_items = loss_items(op, reduction, num_items, empty)
@@ -258,7 +284,7 @@ def linear_cross_entropy(
     at_once = reduce and not return_lse and torch.is_grad_enabled() and not torch.compiler.is_exporting()
     needed = [at_once and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
     loss, lse = LinearCrossEntropyFn.call(
-        (input, linear_weight, target, linear_bias, weight, num_items), -100 if ignore_index is None else int(ignore_index),
+        (input, linear_weight, target, linear_bias, weight, num_items), ignored(op, ignore_index),
         *numbers, reduce, reduction == "mean", items,
         empty == "zero", autocast(input), return_lse, chunk, needed, outputs=2,
     )  # fmt: skip
@@ -276,7 +302,7 @@ def _whole_logits(x, w, target, b, class_weight, ignore_index, options):
         raise RuntimeError(f"{op}: input must be [N, H] with a linear_weight of several dimensions {list(w.shape)}, got {list(x.shape)}")
     _op.fall_back(op, "targets are probabilities" if probabilities else "linear_weight has more than two dimensions", x)
     z = F.linear(x, w.reshape(-1, w.shape[-1]), None if b is None else b.reshape(-1)).reshape(*x.shape[:-1], *w.shape[:-1])
-    return cross_entropy(z, target, class_weight, ignore_index=-100 if ignore_index is None else ignore_index, **options)
+    return cross_entropy(z, target, class_weight, ignore_index=ignored(op, ignore_index), **options)
 
 
 @overridable
@@ -335,7 +361,7 @@ def linear_token_log_probs(
     if input.dim() != 2:
         input, target = input.reshape(math.prod(shape), input.shape[-1]), target.reshape(math.prod(shape))
     log_probs, lse = LinearTokenLogProbsFn.call(
-        (input, linear_weight, target, linear_bias), -100 if ignore_index is None else int(ignore_index), cap, factor,
+        (input, linear_weight, target, linear_bias), ignored(op, ignore_index), cap, factor,
         bool(wide), return_lse, _chunk(op, options, input), outputs=2,
     )  # fmt: skip
     if len(shape) != 1:
@@ -368,6 +394,12 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Head))
             in_features, num_classes, out_features=out_features, bias=bias, device=device, dtype=dtype, reduction=reduction,
             weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
         )  # fmt: skip
+        op = "LinearCrossEntropyLoss"
+        ignored(op, ignore_index)
+        loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale)
+        loss_items(op, reduction, None, empty)
+        if options is not None:
+            _chunking(op, options)
         self.extra = dict(z_loss=z_loss, logit_softcap=logit_softcap, logit_scale=logit_scale, return_lse=return_lse, empty=empty)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from .._op import (
     check_constant,
     check_tensor,
     compiled,
+    expands,
     fall_back,
     overridable,
     real,
@@ -236,15 +237,11 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
     try:
         weight, pos = (None if t is None else t.expand(x.shape) for t in (weight, pos))
     except RuntimeError:
-        wrong = "weight" if weight is not None and not _expands(weight, x.shape) else "pos_weight"
+        wrong = "weight" if weight is not None and not expands(weight, x.shape) else "pos_weight"
         fact = list((weight if wrong == "weight" else pos).shape)
         raise RuntimeError(f"{op}: {wrong} must broadcast to the input's shape {list(x.shape)}, got {fact}") from None
     loss = fn.call((x, target, weight, pos), kind, a, b, bool(log_target), code, wide_out, outputs=1).to(result)
     return loss if divisor is None else loss / divisor
-
-
-def _expands(t: Tensor, shape) -> bool:
-    return t.dim() <= len(shape) and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(shape)))
 
 
 def _warn_of_sizes(op: str, input: Tensor, target: Tensor) -> None:
@@ -387,10 +384,10 @@ def huber_loss(
 
     Source: Huber, Robust Estimation of a Location Parameter, 1964, doi:10.1214/aoms/1177703732.
     """
+    delta = real("huber_loss", "delta", delta)
     if not delta > 0:
         raise RuntimeError(f"huber_loss: delta must be positive, got {delta}")
     _warn_of_sizes("huber_loss", input, target)
-    delta = real("huber_loss", "delta", delta)
     return _loss(HuberLossFn, HUBER, input, target, reduction_of("huber_loss", reduction), weight=weight, a=delta)
 
 
@@ -429,11 +426,12 @@ def smooth_l1_loss(
 
     Source: Girshick, Fast R-CNN, 2015, arXiv:1504.08083.
     """
+    beta = real("smooth_l1_loss", "beta", beta)
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss: beta must not be negative, got {beta}")
     _warn_of_sizes("smooth_l1_loss", input, target)
     reduction = reduction_of("smooth_l1_loss", reduction, size_average, reduce)
-    return _loss(SmoothL1LossFn, SMOOTH_L1 if beta else L1, input, target, reduction, a=real("smooth_l1_loss", "beta", beta))
+    return _loss(SmoothL1LossFn, SMOOTH_L1 if beta else L1, input, target, reduction, a=beta)
 
 
 @_documented
@@ -585,10 +583,15 @@ def js_div(input: Tensor, target: Tensor, beta: float = 0.5, reduction: str = "b
 
     Source: Agarwal et al., On-Policy Distillation of Language Models, 2023, arXiv:2306.13649.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"js_div: beta must be between 0 and 1 (at the ends the divergence is 0: see kl_div), got {beta}")
-    reduction, beta = reduction_of("js_div", reduction, known=tuple(REDUCTIONS)), real("js_div", "beta", beta)
+    beta, reduction = _js_options("js_div", beta, reduction)
     return _loss(JSDivFn, JS, input, target, reduction, a=beta, log_target=log_target)
+
+
+def _js_options(op: str, beta: float, reduction: str) -> tuple[float, str]:
+    beta = real(op, "beta", beta)
+    if not 0 < beta < 1:
+        raise ValueError(f"{op}: beta must be between 0 and 1 (at the ends the divergence is 0: see kl_div), got {beta}")
+    return beta, reduction_of(op, reduction, known=tuple(REDUCTIONS))
 
 
 class MSELoss(torch.nn.MSELoss):
@@ -639,6 +642,8 @@ class SigmoidFocalLoss(torch.nn.Module):
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none"):
         super().__init__()
+        op = type(self).__name__
+        real(op, "alpha", alpha), real(op, "gamma", gamma), reduction_of(op, reduction)
         self.alpha, self.gamma, self.reduction = alpha, gamma, reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -653,6 +658,7 @@ class JSDivLoss(torch.nn.Module):
 
     def __init__(self, beta: float = 0.5, reduction: str = "batchmean", log_target: bool = False):
         super().__init__()
+        _js_options(type(self).__name__, beta, reduction)
         self.beta, self.reduction, self.log_target = beta, reduction, log_target
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

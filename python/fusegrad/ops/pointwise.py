@@ -80,6 +80,7 @@ class Scale(torch.nn.Module):
 
     def __init__(self, factor: float):
         super().__init__()
+        real("Scale", "factor", factor)
         self.factor = factor
 
     def forward(self, input: Tensor) -> Tensor:
@@ -255,7 +256,8 @@ def grad_reverse(input: Tensor, alpha: float = 1.0) -> Tensor:
         alpha: a number, by which the gradient is multiplied beside its sign. It may change from call to call.
 
     Returns:
-        A view of `input`. Saved for backward: nothing.
+        A view of `input`, which torch allows no in-place operation on where it has a gradient: one that follows needs a `clone()`.
+        Saved for backward: nothing.
 
     Raises:
         TypeError: an alpha that is not a number. RuntimeError: a tensor that is not dense.
@@ -277,6 +279,7 @@ class GradientReversal(torch.nn.Module):
 
     def __init__(self, alpha: float = 1.0):
         super().__init__()
+        real("GradientReversal", "alpha", alpha)
         self.alpha = alpha
 
     def forward(self, input: Tensor) -> Tensor:

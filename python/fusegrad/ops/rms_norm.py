@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_normalized_shape, compiled, overridable, real, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_normalized_shape, compiled, fall_back, overridable, real, why_not, wide, wide_dtype
 
 rms_norm_fwd = compiled("rms_norm_fwd")
 rms_norm_bwd = compiled("rms_norm_bwd")
@@ -80,7 +80,8 @@ def rms_norm(
         input: `[*, *normalized_shape]`, float32, float64, float16 or bfloat16, any layout. Sums are taken in float32 (float64 for
             float64). Other dtypes that torch takes (complex) go through the reference.
         normalized_shape: the dimensions to normalise over.
-        weight: `normalized_shape`, of the input's dtype, or float32 with a 16-bit input; or None for 1.
+        weight: `normalized_shape`, of the input's dtype, or float32 with a 16-bit input; or None for 1. One of another dtype
+            goes through the reference: the result has the input's dtype, as torch's.
         eps: added to the mean of squares; None is the machine epsilon of the dtype that sums are taken in, as in torch.
         weight_offset: added to the weight in float32: 1.0 for Gemma, whose weights are stored as w - 1. Unused without a weight.
         cast_order: "torch" rounds once, at the end; "llama" rounds the normalised input to its dtype before the multiplication,
@@ -91,8 +92,8 @@ def rms_norm(
         one float32 per row.
 
     Raises:
-        TypeError: a dtype that does not go with the input's. RuntimeError: a shape that does not fit, tensors on two devices,
-        a tensor that is not dense. ValueError: an unknown `cast_order`.
+        RuntimeError: a shape that does not fit, tensors on two devices, a tensor that is not dense. TypeError: an integer input.
+        ValueError: an unknown `cast_order`.
 
     Equivalent eager code::
 
@@ -106,7 +107,11 @@ def rms_norm(
     dims = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
     if input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input, weight = input.float(), None if weight is None else weight.float()
-    return RMSNormFn.call((input, weight), dims, *rms_options("rms_norm", input, eps, weight_offset, cast_order), outputs=1)
+    options = rms_options("rms_norm", input, eps, weight_offset, cast_order)
+    if weight is not None and weight.dtype != input.dtype and weight.dtype != wide_dtype(input):
+        fall_back("rms_norm", why_not(input) or f"there is no kernel for {input.dtype} and a weight of {weight.dtype}", input)
+        return rms_norm_reference(input, weight, dims, *options)
+    return RMSNormFn.call((input, weight), dims, *options, outputs=1)
 
 
 def rms_options(op: str, input: Tensor, eps: float | None, weight_offset: float, cast_order: str) -> tuple[float, float, bool]:
@@ -126,6 +131,7 @@ class RMSNorm(torch.nn.RMSNorm):
     ):
         self.weight_offset = weight_offset  # reset_parameters needs it
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        rms_options(type(self).__name__, torch.empty(0), eps, weight_offset, cast_order)
         self.cast_order = cast_order
 
     def reset_parameters(self) -> None:
@@ -175,6 +181,7 @@ RMS_NORM = Op(
     reference=rms_norm_reference,
     samples=_samples,
     module=RMSNorm,
+    by_reference="weights of another dtype than the kernel takes",
     torch=torch.nn.functional.rms_norm,
     permutes=lambda kwargs: {"input": -1, "weight": -1},
     rounding=lambda kwargs: 1.5 if kwargs.get("cast_order") == "llama" else 0.505,

@@ -136,7 +136,12 @@ def _tables(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_id
         if cos.dim() != 2 or position_ids.dim() not in (1, 2) or position_ids.dtype not in (torch.int64, torch.int32):
             fact = f"{position_ids.dtype} {list(position_ids.shape)} and cos {list(cos.shape)}"
             raise RuntimeError(f"{op}: position_ids must be [seq] or [batch, seq] of integers, and cos [positions, rot_dim], got {fact}")
-        cos, sin = F.embedding(position_ids, cos), F.embedding(position_ids, sin)  # which counts no position from the end
+        positions = cos.shape[0]
+        try:
+            cos, sin = F.embedding(position_ids, cos), F.embedding(position_ids, sin)  # which counts no position from the end
+        except IndexError:
+            low, high = position_ids.aminmax()
+            raise IndexError(f"{op}: position_ids must be in [0, {positions}), the rows of cos, got {low} to {high}") from None
     batch = q.shape[0] if q.dim() > 3 else 1
     if cos.shape[-2] != q.shape[-2] or cos.dim() > 3 or (cos.dim() == 3 and cos.shape[0] not in (1, batch)):
         expected = f"[{q.shape[-2]}, rot_dim] or [{batch}, {q.shape[-2]}, rot_dim] for q {list(q.shape)}"

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import Function, differentiable
-from .._op import Op, Sample, autocast, check_tensor, compiled, overridable, real, warn, wide, wide_dtype
+from .._op import Op, Sample, autocast, check_tensor, compiled, dimension, overridable, real, warn, wide, wide_dtype
 
 softmax_fwd = compiled("softmax_fwd")
 softmax_bwd = compiled("softmax_bwd")
@@ -116,16 +116,14 @@ def _over(fn, kind: int, input: Tensor, dim: int | None, dtype: torch.dtype | No
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1
         warn(f"{fn.op}: the choice of dim for it is deprecated, pass dim ({dim} here)", stacklevel + 2)
-    least = max(1, input.dim())
-    if not -least <= dim < least:
-        raise IndexError(f"{fn.op}: dim must be in [{-least}, {least - 1}] for input {list(input.shape)}, got {dim}")
+    dim = dimension(fn.op, input, dim)
     if dtype is not None:
         input = input.to(dtype)
     elif input.is_cuda and autocast(input) and input.dtype != torch.float64:
         input = input.float()
     if input.dim() == 0:
         return fn.call((input[None], None), 0, 1.0, False, kind, outputs=1)[0]
-    return fn.call((input, None), dim % input.dim(), 1.0, False, kind, outputs=1)
+    return fn.call((input, None), dim, 1.0, False, kind, outputs=1)
 
 
 @overridable
@@ -257,6 +255,7 @@ class ScaledMaskedSoftmax(torch.nn.Module):
 
     def __init__(self, *, scale: float = 1.0, causal: bool = False):
         super().__init__()
+        real("ScaledMaskedSoftmax", "scale", scale)
         self.scale, self.causal = scale, causal
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

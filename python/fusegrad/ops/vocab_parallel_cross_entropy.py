@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._autograd import Function, differentiable
-from .._op import SHAPES, Op, Sample, check_tensor, compiled, overridable, reduction_of, wide_dtype
+from .._op import SHAPES, Op, Sample, check_tensor, compiled, integer, overridable, reduction_of, wide_dtype
 from .cross_entropy import cross_entropy_reference, loss_numbers
 
 vocab_parallel_cross_entropy_fwd = compiled("vocab_parallel_cross_entropy_fwd")
@@ -149,13 +149,13 @@ def vocab_parallel_cross_entropy(
         raise RuntimeError(f"{op}: target must be int64 (class indices), got {target.dtype}")
     reduction_of(op, reduction)
     numbers = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale)
-    rank, world = 0, 1
+    ignore_index, rank, world = integer(op, "ignore_index", ignore_index), 0, 1
     if group is not None or (dist.is_available() and dist.is_initialized()):
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise ValueError(f"{op}: group must have this process in it, got one of {world} others")
     loss, lse = VocabParallelCrossEntropyFn.call(
-        (input, target), group, rank, world, int(ignore_index), *numbers, reduction != "none", reduction == "mean", return_lse, outputs=2,
+        (input, target), group, rank, world, ignore_index, *numbers, reduction != "none", reduction == "mean", return_lse, outputs=2,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
 
