@@ -190,6 +190,13 @@ def test_linear_of_every_shape_that_torch_takes():
         fused.linear(x, w, w[0, 0])
 
 
+def test_a_fall_back_compiles():
+    w = torch.randn(5, 8)
+    with fusegrad.strict(False):
+        compiled = torch.compile(lambda x, b: fused.linear(fused.rms_norm(x, (8,), ones.double()), w, b), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, w[0, :1]), F.linear(F.rms_norm(x, (8,)), w, w[0, :1]))
+
+
 @pytest.mark.parametrize("of_input", fusegrad._op.KERNEL_DTYPES)
 @pytest.mark.parametrize("of_weight", fusegrad._op.KERNEL_DTYPES)
 def test_rms_norm_of_two_dtypes(of_input, of_weight):

@@ -18,9 +18,7 @@ def info() -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices    {', '.join(devices) or 'none'}")
     width = max(map(len, OPS))
-    print(
-        f"\n{'op':{width}}  kernels    by the reference, beside other devices and complex dtypes that torch's operators take"
-    )
+    print(f"\n{'op':{width}}  kernels    by the reference, beside other devices and complex dtypes that torch's operators take")
     for name, op in sorted(OPS.items()):
         print(f"{name:{width}}  {', '.join(KERNEL_DEVICES):10} {op.by_reference}".rstrip())
 
