@@ -120,6 +120,18 @@ def test_shapes_and_formats(shape, fmt, dtype):
             check(OPS[name], sample, run(OPS[name], sample, cotangent), cotangent)
 
 
+@pytest.mark.parametrize("dtype", (F32, BF16))
+@each_format
+def test_images_that_are_done_a_few_at_a_time(fmt, dtype):
+    """Of 1.3 or 0.65 MB each: all of them are more than are done at once, and the last ones are fewer."""
+    make, op = Make(dtype), OPS["group_norm"]
+    x = make(11, 4, 250, 320).to(memory_format=fmt)
+    for groups in (1, 2, 4):
+        sample = Sample(str(groups), dict(input=x, num_groups=groups, weight=make.param(4), bias=make.param(4), activation="silu"))
+        cotangent = cotangents(call(op, sample))
+        check(op, sample, run(op, sample, cotangent), cotangent)
+
+
 @pytest.mark.parametrize("given", (("weight", "bias"), ("weight",), ("bias",), ()), ids="-".join)
 @pytest.mark.parametrize("dtype, param", PAIRS, ids=name_of)
 def test_groups_that_are_short_rows(given, dtype, param):

@@ -91,7 +91,7 @@ class Walk {
     sizes.append(sizes_.begin(), sizes_.end() - 1);
     strides.append(cells.strides().begin() + 1, cells.strides().end() - 1);
     if (swapped()) std::swap(strides[1], strides[2]);
-    return cells.as_strided(sizes, strides, i * cells.stride(0) + first);
+    return cells.as_strided(sizes, strides, cells.storage_offset() + i * cells.stride(0) + first);
   }
   const char* op() const { return op_; }
   const Tensor& x() const { return x_; }
