@@ -179,7 +179,8 @@ def budget(op, sample, cotangent, which=None, stored=None):
     first, (*grads,) = float32(sample), (float32(g) for g in (*cotangent, *extra))
     one_row = rows.dim() == 0 or rows.numel() == rows.shape[-1]
     # The fewer elements, the more orders it takes to see the worst case.
-    orders = 16 if one_row else 8 if rows.numel() <= 256 else 3 if rows.numel() <= 2_000_000 else 1
+    largest = max(v.numel() for v in tensors(sample).values())
+    orders = 16 if one_row else 8 if rows.numel() <= 256 else 3 if largest <= 2_000_000 else 1
     for seed in range(1 + orders):
         near = beside(first, seed) if seed else first
         n = len(cotangent)
