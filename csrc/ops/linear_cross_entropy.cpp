@@ -263,13 +263,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   Tensor dx, dw, db;
   LossGrads of_loss;
   // Of weights it is this sum with and without gradients, so that the loss has the same bits.
-  if (mean && !given(num_items) && items == 0 && (grads || cw)) divisor = label_weights(target, cw, ignore_index, head.wide());
+  const bool divides = mean && !given(num_items) && items == 0 && (grads || cw), may_be_empty = grads && mean && empty_is_zero;
+  Tensor weights;
+  if (divides || may_be_empty) weights = label_weights(target, cw, ignore_index, head.wide());
+  if (divides) divisor = weights;
   if (grads) {
     of_loss.loss = at::ones({}, head.wide());
     if (mean) of_loss.divisor = given(divisor) ? divisor->to(head.wide()) : at::full({}, items, head.wide());
-    if (mean && empty_is_zero)  // as LossTotal, which comes after all chunks
-      of_loss.divisor = at::where(label_weights(target, cw, ignore_index, head.wide()).eq(0),
-                                  std::numeric_limits<double>::infinity(), *of_loss.divisor);
+    if (may_be_empty)  // as LossTotal, which comes after all chunks
+      of_loss.divisor = at::where(weights.eq(0), std::numeric_limits<double>::infinity(), *of_loss.divisor);
     if (needed[0]) dx = head.gradient(x);
     if (needed[1]) dw = head.tokens() ? head.gradient(w) : head.gradient(w).zero_();
     if (needed[2]) db = at::zeros({head.classes()}, head.wide());
