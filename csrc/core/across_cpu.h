@@ -44,6 +44,9 @@ class AcrossCpu {
  public:
   static_assert(Op::mixed == 0 && sizeof(Row<S>) % sizeof(S) == 0);
   explicit AcrossCpu(const RowArgs<Op>& args) : args(args), cols(args.extent.cols), lanes(args.extent.size[args.extent.dims - 1]) {
+    // Runs of rows that fill no vector are taken together: layer norm of 4096 images of 256 x 2 x 2 took five times as long
+    // without.
+    for (int d = args.extent.dims - 1; lanes < kChunk && d > 0;) lanes *= args.extent.size[--d];
     const int64_t outer = args.extent.rows / std::max<int64_t>(1, lanes), bytes = std::max<int64_t>(1, cols) * sizeof(T) * Op::in;
     const int64_t wanted = kOneWalk ? kMost : std::min({kMost, kNear / bytes, lanes * outer / kLeast});
     tile = std::max<int64_t>(1, wanted / kChunk) * kChunk;
@@ -79,20 +82,45 @@ class AcrossCpu {
 
  private:
   const RowArgs<Op>& args;
-  const int64_t cols, lanes;
+  const int64_t cols;
+  int64_t lanes;  // rows that a tile is cut from
   int64_t tile, tiles, per_piece, pieces, units;
   bool past;
 
   S* partial(int i, int64_t slice) const { return static_cast<S*>(args.partial) + (i * args.slices + slice) * cols; }
-  int64_t step(const View& v) const { return v.stride[args.extent.dims - 1]; }
 
+  // Where the first row of a tile lies, and the others from there on if not next to each other.
+  template <class X>
+  struct Lane {
+    X* data = nullptr;
+    const int64_t* places = nullptr;
+  };
   // A tile of rows, of which n exist, from number `first` on; field f of one in lane l of a vector is S number f * W + l of it.
   struct Tile {
     int64_t first, n;
     Scratch<Row<A>> rows;
-    const T* x[at_least_one(Op::in)];
-    T* y[at_least_one(Op::out)] = {};
+    Scratch<int64_t> places;
+    Lane<const T> x[at_least_one(Op::in)];
+    Lane<T> y[at_least_one(Op::out)];
   };
+  // `places` is null where all rows of a tile lie next to each other for a plain reason.
+  template <class X>
+  Lane<X> find(const View& v, int64_t first, int64_t n, int64_t* places) const {
+    const int64_t start = args.extent.offset(v, first), inner = args.extent.dims - 1, run = args.extent.size[inner];
+    bool near = true;
+    for (int64_t i = 0, left = 0, place = 0; places && i < n; ++i, --left, place += v.stride[inner]) {
+      if (left == 0) place = args.extent.offset(v, first + i) - start, left = run - (first + i) % run;
+      places[i] = place;
+      near &= place == i;
+    }
+    return {static_cast<X*>(v.data) + start, near ? nullptr : places};
+  }
+  bool apart(int64_t first, int64_t n) const {
+    const int64_t inner = args.extent.dims - 1, run = args.extent.size[inner];
+    const auto steps = [&](const View& v) { return v.data && v.stride[inner] != 1; };
+    return first % run + n > run ||
+           (n > 1 && (std::any_of(args.in, args.in + Op::in, steps) || std::any_of(args.out, args.out + Op::out, steps)));
+  }
   template <class V, class H>
   static void take(const V* from, int64_t l, H& h) {
     for (size_t f = 0; f < sizeof(H) / sizeof(S); ++f)
@@ -108,10 +136,12 @@ class AcrossCpu {
   void unit(int64_t u, int64_t slice) const {
     const int64_t piece = u % pieces, outer = u / pieces / tiles, l = u / pieces % tiles * tile;
     const int64_t n = std::min(tile, lanes - l);
-    Tile t{outer * lanes + l, n, Scratch<Row<A>>(2 * ((n + kChunk - 1) / kChunk)), {}};
-    for (int i = 0; i < Op::in; ++i) t.x[i] = static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], t.first);
+    const int64_t first = outer * lanes + l, to_find = apart(first, n) ? n : 0;
+    Tile t{first, n, Scratch<Row<A>>(2 * ((n + kChunk - 1) / kChunk)), Scratch<int64_t>((Op::in + Op::out) * to_find), {}, {}};
+    const auto places = [&](int view) { return to_find ? &t.places[view * n] : nullptr; };
+    for (int i = 0; i < Op::in; ++i) t.x[i] = find<const T>(args.in[i], first, n, places(i));
     for (int i = 0; i < Op::out; ++i)
-      if (args.out[i].data) t.y[i] = static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], t.first);
+      if (args.out[i].data) t.y[i] = find<T>(args.out[i], first, n, places(Op::in + i));
     for (int64_t i = 0; i < t.n; ++i) {
       Row<S> row{};
       args.op.begin(row, At<Op, T, P>{args, t.first + i});
@@ -171,14 +201,14 @@ class AcrossCpu {
   }
   FUSEGRAD_FN void load_in(In<Op, A> (&in)[2], const Tile& t, int64_t l, int64_t c) const {
     for (int i = 0; i < Op::in; ++i) {
-      const int64_t apart = step(args.in[i]), n = t.n - l;
-      const T* const from = t.x[i] + l * apart + c * args.in[i].col;
+      const int64_t n = t.n - l;
+      const T* const from = t.x[i].data + c * args.in[i].col;
       A v[2];
-      if (apart == 1) {
-        load(from, v, n);
+      if (!t.x[i].places) {
+        load(from + l, v, n);
       } else {
         T near[kChunk] = {};
-        for (int64_t k = 0; k < std::min<int64_t>(n, kChunk); ++k) near[k] = from[k * apart];
+        for (int64_t k = 0; k < std::min<int64_t>(n, kChunk); ++k) near[k] = from[t.x[i].places[l + k]];
         load(static_cast<const T*>(near), v);
       }
       in[0].x[i] = v[0], in[1].x[i] = v[1];
@@ -197,7 +227,7 @@ class AcrossCpu {
       args.op.template map<T>(t.rows[l / W], in[0], out[0]);
       args.op.template map<T>(t.rows[l / W + 1], in[1], out[1]);
       for (int i = 0; i < Op::out; ++i)
-        if (t.y[i]) put(t.y[i] + l * step(args.out[i]) + c * args.out[i].col, step(args.out[i]), out[0].y[i], out[1].y[i], n);
+        if (t.y[i].data) put(t.y[i], c * args.out[i].col, l, out[0].y[i], out[1].y[i], n);
       for (int i = 0; i < Op::col_out; ++i) {
         if (n < kChunk) {
           out[0].col[i] = select(Lanes<A>::first(n), out[0].col[i], A(S(0)));
@@ -217,12 +247,13 @@ class AcrossCpu {
           }
   }
 
-  FUSEGRAD_FN void put(T* to, int64_t apart, const A& a, const A& b, int64_t n) const {
+  FUSEGRAD_FN void put(const Lane<T>& y, int64_t column, int64_t l, const A& a, const A& b, int64_t n) const {
     const A v[2] = {a, b};
-    if (apart != 1) {
+    T* to = y.data + column + l;
+    if (y.places) {
       T near[kChunk];
       store(static_cast<T*>(near), v);
-      for (int64_t k = 0; k < std::min<int64_t>(n, kChunk); ++k) to[k * apart] = near[k];
+      for (int64_t k = 0; k < std::min<int64_t>(n, kChunk); ++k) y.data[column + y.places[l + k]] = near[k];
     } else if (n >= kChunk && past && on_lines<1>(&to)) {
       store<true>(to, v);
     } else {
