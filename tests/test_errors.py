@@ -12,7 +12,7 @@ import fusegrad
 import fusegrad.functional as fused
 from fusegrad import nn
 
-x = torch.randn(4, 8)
+x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 labels = torch.tensor([0, 1, 2, 3])
 ones, learned = torch.ones(8), torch.ones(8, requires_grad=True)
 sparse, nested = x.to_sparse(), torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])

@@ -101,6 +101,21 @@ def test_all_ignored():
     assert not each.any() and not any(g.any() for g in torch.autograd.grad(each, (x, w, b), torch.randn(T, dtype=F64)))
 
 
+@pytest.mark.parametrize("dtype", (F64, BF16), ids=name_of)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+def test_an_infinite_gradient_does_not_reach_what_is_ignored(reduction, dtype):
+    """As that of a sum has, where a mean over many processes is of no token."""
+    x, w, target, b = (t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in drawn())
+    nobody = torch.full((T,), -100)
+    for labels in (target, nobody):
+        loss = fused.linear_cross_entropy(x, w, labels, linear_bias=b, reduction=reduction)
+        dx, dw, db = torch.autograd.grad(loss, (x, w, b), torch.full_like(loss, float("inf")))
+        assert not dx[labels == -100].any()
+        assert not (dw.any() or db.any()) if labels is nobody else not (dw.isfinite().all() or db.isfinite().all())
+        loss = fused.cross_entropy(x, labels.clamp(max=H - 1), reduction=reduction)
+        assert not torch.autograd.grad(loss, x, torch.full_like(loss, float("inf")))[0][labels == -100].any()
+
+
 @pytest.mark.parametrize("magnitude", (1.0, 40.0, 640.0))
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=name_of)
 @pytest.mark.parametrize("reduction", ("mean", "none"))

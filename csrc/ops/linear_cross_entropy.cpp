@@ -20,6 +20,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/any.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
@@ -223,15 +224,14 @@ Tensor label_weights(const Tensor& target, const OptTensor& class_weight, int64_
   return at::where(kept, class_weight->index_select(0, label), at::zeros({}, wide)).sum();
 }
 
-// grad times the factor, as it was asked for: rounded once, in pieces where it must be.
+// grad times the factor, or that of each row, as it was asked for: rounded once, in pieces where it must be.
 Tensor scaled(const Tensor& grad, const Tensor& factor, at::ScalarType type) {
   if (grad.scalar_type() == type) return at::mul(grad, factor);
   Tensor result = at::empty(grad.sizes(), grad.options().dtype(type));
-  const Tensor from = grad.view({-1}), to = result.view({-1});
-  constexpr int64_t kPiece = 1 << 20;
-  for (int64_t i = 0; i < from.numel(); i += kPiece) {
-    const int64_t n = std::min(kPiece, from.numel() - i);
-    to.narrow(0, i, n).copy_(at::mul(from.narrow(0, i, n), factor));
+  const int64_t piece = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, grad.stride(0)));  // rows
+  for (int64_t i = 0; i < grad.size(0); i += piece) {
+    const int64_t n = std::min(piece, grad.size(0) - i);
+    result.narrow(0, i, n).copy_(at::mul(grad.narrow(0, i, n), factor.dim() ? factor.narrow(0, i, n) : factor));
   }
   return result;
 }
@@ -312,10 +312,14 @@ LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N
   const Quiet quiet;
   const auto b_type = given(b) ? b->scalar_type() : x.scalar_type();
   if (!given(top)) {
-    const auto result = [&](bool wanted, const OptTensor& grad, at::ScalarType type) {
-      return wanted ? scaled(*grad, *dloss, type) : Tensor();
+    // An ignored token has no gradient, whatever that of the loss is: it is infinite for the mean of no token over many processes.
+    const Tensor kept = target.ne(ignore_index);
+    const Tensor of_tokens = at::where(kept, *dloss, 0).unsqueeze(1), of_sums = at::where(kept.any(), *dloss, 0);
+    const auto result = [&](bool wanted, const OptTensor& grad, const Tensor& factor, at::ScalarType type) {
+      return wanted ? scaled(*grad, factor, type) : Tensor();
     };
-    return {result(needed[0], dx, x.scalar_type()), result(needed[1], dw, w.scalar_type()), result(needed[2], db, b_type)};
+    return {result(needed[0], dx, of_tokens, x.scalar_type()), result(needed[1], dw, of_sums, w.scalar_type()),
+            result(needed[2], db, of_sums, b_type)};
   }
   Head head(x, w, target, b, ignore_index, chunk);
   const CrossEntropyOptions options{ignore_index, smoothing, z_loss, softcap, scale};
