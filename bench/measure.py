@@ -36,8 +36,8 @@ def last_level_cache(device, threads) -> int:
     return sum(sorted(found[max(found)].values())[-threads:]) if found else 32 * 2**20
 
 
-def machine(args) -> dict:
-    """What a reader must know to place the figures."""
+def machine(args, peers=None) -> dict:
+    """What a reader must know to place the figures; `peers` has the versions of those that are there."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
@@ -57,6 +57,8 @@ def machine(args) -> dict:
         commit=commit,
         seed=args.seed,
         rounds=args.rounds,
+        sides=args.sides,
+        peers=peers,
         recycled_memory=args.recycle,
     )
 

@@ -153,13 +153,13 @@ def main():
     functorch_config.donated_buffer = False  # a compiled backward is called again on the same graph
     signal.signal(signal.SIGTERM, stop)
     console = Console(width=None if sys.stdout.isatty() else 190)
-    result = {"machine": measure.machine(args), args.kind: []}
+    installed, absent = ({}, {}) if args.model else sides.peers(args.device)
+    result = {"machine": measure.machine(args, sides.versions(installed)), args.kind: []}
     if args.begun:
         check_same(args.json, args.begun["machine"], result["machine"])
         result = args.begun
     if args.model:
         return model.main(args, console, result, lambda: write(args.json, result))
-    installed, absent = sides.peers(args.device)
     result = dict(machine=result["machine"], absent=absent) | result
     cells = {(c["op"], c["dtype"], c["rows"], c["cols"], report.layout(c)): c for c in result["cells"]}
     wanted = list(cells_of(args))

@@ -1,6 +1,7 @@
 """What is timed: fusegrad, what torch has, and the peers that are installed."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ def peers(device) -> tuple[dict, dict]:
         else:
             absent[name] = f"runs on {', '.join(adapter.DEVICES)} only"
     return found, absent
+
+
+def versions(installed) -> dict:
+    """Of the peers that are packages of their own; an adapter is called as its package."""
+    return {name: getattr(sys.modules[name], "__version__", "unknown") for name in installed if name in sys.modules}
 
 
 def sides_of(op, wanted, installed) -> dict:

@@ -1,5 +1,6 @@
 // The names: every host function, once for torch.ops (traced, batched, fake, ... tensors) and once for a direct call.
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -153,6 +154,9 @@ FUSEGRAD_TORCH_LIBRARY(FUSEGRAD_LIBRARY, m) {
 #define FUSEGRAD_IMPL(name, schema) m.impl(#name, &fusegrad::name);
 FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CPU, m){
     FUSEGRAD_OPS(FUSEGRAD_IMPL)} FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, CUDA, m){FUSEGRAD_OPS(FUSEGRAD_IMPL)}
+// Whoever differentiates a kernel, and not the Function around it, gets an error instead of no gradient and a warning.
+#define FUSEGRAD_NO_DERIVATIVE(name, schema) m.impl(#name, torch::autograd::autogradNotImplementedFallback());
+FUSEGRAD_TORCH_LIBRARY_IMPL(FUSEGRAD_LIBRARY, Autograd, m){FUSEGRAD_OPS(FUSEGRAD_NO_DERIVATIVE)}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::register_local_exception_translator([](std::exception_ptr e) {

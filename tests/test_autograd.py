@@ -220,3 +220,14 @@ def test_training_steps_equal_torch():
         return torch.tensor(losses, dtype=torch.float64)
 
     torch.testing.assert_close(train(fusegrad.nn), train(torch.nn), rtol=1e-9, atol=1e-9)
+
+
+def test_a_kernel_by_itself_has_no_derivative():
+    """Whoever calls torch.ops gets an error, and not no gradient and a warning."""
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    kernels = torch.ops.fusegrad
+    y, rstd = kernels.rms_norm_fwd(x, w, 1, 1e-5, 0.0, False)
+    dx, _ = kernels.rms_norm_bwd(torch.ones(4, 8), x, w, rstd.detach(), 1, 0.0, [True, True])
+    for result, name in ((y, "rms_norm_fwd"), (dx, "rms_norm_bwd")):
+        with pytest.raises(RuntimeError, match=f"derivative for fusegrad::{name} is not implemented"):
+            torch.autograd.grad(result.sum(), x)

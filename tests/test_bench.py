@@ -284,7 +284,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
     changed = bench(*command, "--shapes", "4x64", "--resume", code=same.replace("True", "False"))
     other = bench(*command, "--shapes", "4x64", "--resume", "--seed", "3", code=same)
+    fewer = bench(*command[: command.index("--sides")], *files(tmp_path), "--shapes", "4x64", "--resume", code=same)
     assert changed.returncode and "the code is not the same since" in changed.stderr
+    assert fewer.returncode and "was measured with sides ['fusegrad'], this run is with ['fusegrad', 'eager', " in fewer.stderr
     assert other.returncode and "was measured with seed 0, this run is with 3" in other.stderr
     assert json.loads((tmp_path / "r.json").read_text()) == result
 

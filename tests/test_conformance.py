@@ -146,6 +146,19 @@ def test_like_torch(case):
     )
 
 
+@each_op
+def test_torch_takes_some_samples(op):
+    """So that the test above compares something."""
+
+    def takes(sample):
+        try:
+            return op.torch(**sample.kwargs) is not None
+        except (TypeError, RuntimeError):
+            return False
+
+    assert op.torch is None or any(takes(draw(op, n)) for n in names(op))
+
+
 # --- orders of derivative --------------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +352,7 @@ def test_no_allocation_beyond_the_outputs(op, dtype, layout):
     cotangent = cotangents(held)
     inputs = list(leaves.values())
     backward_bytes = allocated(lambda: torch.autograd.grad(held, inputs, cotangent, retain_graph=True))
-    slices = 256 // (16 if DEVICE == "cpu" else 4)
+    slices = 256 // 16 if DEVICE == "cpu" else 256  # on a GPU as many blocks as it has place for
     partial = slices * 512 * 4 * (len(inputs) - 1)  # the sums over each slice of rows, for each parameter
     if as_torch:
         y = op.torch(**s.kwargs)

@@ -414,6 +414,7 @@ def e3_refusals(rank, world):
     unknown._spec.placements = (Placement(),)
     elsewhere = distribute_tensor(torch.randn(8, 8), init_device_mesh(DEVICE, (1, world)), [Replicate()] * 2)
     copied, bias = (distribute_tensor(t, mesh, [p]) for t, p in ((torch.randn(8, 8), Replicate()), (torch.randn(8), Shard(0))))
+    biases = bias.redistribute(mesh, [Replicate()])
     biased = "linear_token_log_probs: linear_bias must not be sharded (gather it first"
     for case, text in (
         (lambda: fused.linear_token_log_probs(x, copied, labels, linear_bias=bias), biased),
@@ -421,7 +422,8 @@ def e3_refusals(rank, world):
         (lambda: fused.linear_cross_entropy(x, w, labels), "linear_cross_entropy: linear_weight must not be sharded (gather it first"),
         (lambda: fused.linear_cross_entropy(x.to_local(), w, labels.to_local()), "linear_cross_entropy: linear_weight must not be sharded"),
         (lambda: fused.vocab_parallel_cross_entropy(x, labels), "vocab_parallel_cross_entropy: there is no rule for a DTensor, got"),
-        (lambda: fused.rms_norm(x, (8,), torch.ones(8)), "rms_norm: all tensors must be DTensors if input is one (distribute_tensor"),
+        (lambda: fused.rms_norm(x, (8,), torch.ones(8)), "rms_norm: all tensors must be DTensors if one is (distribute_tensor"),
+        (lambda: fused.rms_norm(torch.ones(8, 8), (8,), biases), "rms_norm: all tensors must be DTensors if one is (distribute_tensor"),
         (lambda: fused.softmax(unknown, -1), "softmax: a DTensor must be placed by Shard, Replicate or Partial, got"),
         (
             lambda: fused.swiglu(x, elsewhere),

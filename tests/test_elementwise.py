@@ -378,3 +378,19 @@ def test_strict_runs_no_reference():
     with fusegrad.strict():
         nn.MLP((8, 6, 8), "mish")(nn.GatedMLP(8, 12)(fused.grad_reverse(fused.cube(fused.exp(fused.scale(x, 0.1)))))).sum().backward()
     assert fusegrad.stats() == {}
+
+
+@pytest.mark.parametrize("name, torchs", (("relu", F.relu), ("hardswish", F.hardswish), ("squared_relu", lambda x: F.relu(x).square())))
+def test_where_an_activation_is_flat_no_gradient_passes(name, torchs):
+    """Not even an infinite one or NaN."""
+    x = torch.tensor([-9.0, -4.0, -3.0, -1.0, 0.0, 1.0, 5.0], dtype=torch.float32).repeat(9).requires_grad_()
+    for value in (float("inf"), float("nan"), 1.0):
+        dy = torch.full_like(x, value)
+        found, expected = (torch.autograd.grad(f(x), x, dy)[0] for f in (lambda x: fused.bias_act(x, None, name), torchs))
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_no_channels():
+    x, b = torch.randn(2, 0, 3, requires_grad=True), torch.zeros(0, requires_grad=True)
+    dx, db = torch.autograd.grad(fused.bias_act(x, b, dim=1).sum(), (x, b))
+    assert dx.shape == x.shape and db.shape == b.shape

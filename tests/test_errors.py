@@ -197,6 +197,22 @@ def test_a_fall_back_compiles():
         torch.testing.assert_close(compiled(x, w[0, :1]), F.linear(F.rms_norm(x, (8,)), w, w[0, :1]))
 
 
+def test_what_has_no_kernel_compiles():
+    """By the reference as in eager: complex numbers, and tables of rotary embeddings that are learned."""
+    z, learned = torch.complex(x, x.flip(0)).requires_grad_(), torch.randn(4, 8).requires_grad_()
+    q = torch.randn(2, 4, 8)
+    for f, argument in (
+        (lambda z: fused.exp(z) + fused.rms_norm(z, (8,)), z),
+        (lambda table: fused.rotary_embedding(q, q, table, table)[0], learned),
+    ):
+        with fusegrad.strict(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            results = [g(argument) for g in (f, torch.compile(f, backend="aot_eager", fullgraph=True))]
+        cotangent = torch.randn_like(results[0])
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(y, argument, cotangent) for y in results))
+
+
 @pytest.mark.parametrize("of_input", fusegrad._op.KERNEL_DTYPES)
 @pytest.mark.parametrize("of_weight", fusegrad._op.KERNEL_DTYPES)
 def test_rms_norm_of_two_dtypes(of_input, of_weight):
@@ -244,6 +260,16 @@ def test_nobody_left():
     assert not each.any() and not torch.autograd.grad(each, z, torch.randn(4))[0].any()
 
 
+def test_the_gradient_of_lse_beside_a_divisor_of_0():
+    """The loss is over nothing; the partition function has its gradient all the same."""
+    for options in (dict(weight=torch.zeros(8)), dict(num_items=torch.tensor(0.0))):
+        z, w = x.clone().requires_grad_(), torch.eye(8)
+        of_logits = fused.cross_entropy(z, labels, return_lse=True, **options)[1]
+        of_features = fused.linear_cross_entropy(z, w, labels, return_lse=True, **options)[1]
+        for lse in (of_logits, of_features):
+            torch.testing.assert_close(torch.autograd.grad(lse.sum(), z)[0], x.softmax(-1))
+
+
 def test_micro_batches_add_up():
     """num_items: the gradients of two halves add up to those of the whole batch."""
     z = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
@@ -268,3 +294,17 @@ def test_unknown_capability(variable, text):
 
 def test_a_soft_cap_of_infinity_is_none():
     assert torch.equal(fused.cross_entropy(x, labels, logit_softcap=float("inf")), fused.cross_entropy(x, labels))
+
+
+def test_dimensions_of_kernels():
+    """Of whoever calls torch.ops."""
+    kernels = torch.ops.fusegrad
+    for call in (
+        lambda: kernels.gated_fwd(x, None, -1, 0),
+        lambda: kernels.gated_fwd(x, None, 2, 0),
+        lambda: kernels.rms_norm_fwd(x, None, 3, 1e-5, 0.0, False),
+        lambda: kernels.rms_norm_fwd(x, None, -1, 1e-5, 0.0, False),
+        lambda: kernels.linear_product(x[0, 0], x, None),
+    ):
+        with pytest.raises((IndexError, RuntimeError), match=" must have "):
+            call()

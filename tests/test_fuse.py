@@ -457,6 +457,30 @@ def test_written_layer_norms(kind, bias, cls):
     assert isinstance(model[0], cls)
 
 
+class Promoting(torch.nn.Module):
+    """A layer norm whose float32 weight makes the result of 16-bit rows float32, as some models write it."""
+
+    def __init__(self, rounds):
+        super().__init__()
+        self.eps, self.rounds = 1e-5, rounds
+        self.weight, self.bias = torch.nn.Parameter(torch.ones(6)), torch.nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        a = x.float()
+        h = (a - a.mean(-1, keepdim=True)) * torch.rsqrt(a.var(-1, correction=0, keepdim=True) + self.eps)
+        y = self.weight * h.to(x.dtype) + self.bias
+        return y.to(x.dtype) if self.rounds else y
+
+
+def test_a_layer_norm_keeps_the_dtype_of_its_result():
+    assert not fusegrad.fuse(Promoting(False), dry_run=True).replaced
+    model, x = Promoting(True), torch.randn(5, 6).bfloat16()
+    expected = model(x)
+    fusegrad.fuse(model)
+    assert isinstance(model, nn.LayerNorm) and model(x).dtype == expected.dtype
+    torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize("kind", ["outside", "squared", "double"])
 def test_what_looks_like_a_norm_and_is_none(kind):
     report = fusegrad.fuse(Written(kind), dry_run=True)
@@ -529,6 +553,24 @@ def test_an_activation_in_python_code_is_one_kernel():
     assert [(e.name, e.by) for e in report.replaced] == [("1", "fusegrad.nn.BiasAct(activation='gelu_tanh')")]
 
 
+class GEGLU(torch.nn.Module):
+    def forward(self, x):
+        x, gate = x.chunk(2, dim=-1)
+        return x * TF.gelu(gate)
+
+
+class WideReLU(torch.nn.Module):
+    def forward(self, x):
+        return TF.relu(x.float())
+
+
+@pytest.mark.parametrize("act", [torch.nn.GLU, GEGLU, WideReLU])
+def test_what_changes_shape_or_dtype_is_no_activation(act):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), act(), torch.nn.Softmax(-1))
+    report = fusegrad.fuse(model)
+    assert "0" not in by_name(report.replaced) and ("1" in by_name(report.replaced)) is (act is torch.nn.GLU)
+
+
 class GatedMLP(torch.nn.Module):
     def __init__(self, act, order, packed=False):
         super().__init__()
@@ -559,6 +601,20 @@ def test_gated_mlps(name, act, order, packed):
     model = torch.nn.Sequential(GatedMLP(act(), order, packed))
     report = fused_alike(model, torch.randn(3, 6))
     assert {e.name: e.by for e in report.replaced} == {"0": f"fusegrad.functional.{name}", "0.act_fn": "in the kernel of its GatedMLP"}
+
+
+def test_a_gate_of_another_width_or_dtype():
+    """One for many columns, which torch broadcasts; and a part that is kept in float32, say."""
+    model = torch.nn.Sequential(GatedMLP(torch.nn.SiLU(), "gate first"))
+    model[0].w1 = torch.nn.Linear(6, 1)
+    assert "0" in by_name(fused_alike(model, torch.randn(3, 6)).replaced)
+    part = GatedMLP(torch.nn.SiLU(), "gate first")
+    part.w1.register_forward_hook(lambda m, args, y: y.double())
+    part.w2.double()
+    x = torch.randn(3, 6)
+    expected = part(x)
+    fusegrad.fuse(part)
+    torch.testing.assert_close(part(x), expected)
 
 
 def test_what_looks_like_a_gated_mlp_and_is_none():

@@ -134,6 +134,31 @@ def test_no_elements(name, reduction):
     compare(*both(name, x, t, reduction=reduction), [x, t])
 
 
+@pytest.mark.parametrize("name", ("mse_loss", "l1_loss", "smooth_l1_loss", "kl_div"))
+@pytest.mark.parametrize("dtypes", ((F32, F64), (F64, F32), (F32, BF16)), ids=str)
+@pytest.mark.parametrize("shapes", (((3,), ()), ((), (3,)), ((), ())), ids=str)
+def test_dtype_beside_a_number(name, dtypes, shapes):
+    """torch expands most of them before their dtypes meet, and those of kl_div not."""
+    x, t = (torch.full(shape, 0.5, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+    for reduction in REDUCTIONS:
+        ours, theirs = both(name, x, t, reduction=reduction)
+        assert ours.dtype == theirs.dtype
+        near = 2**-7 if BF16 in dtypes else 1e-6  # torch's takes the logarithm of the target in its own dtype
+        torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
+
+
+def test_huber_reads_its_target_as_it_is():
+    """In its own dtype, whether or not it has a gradient."""
+    x = torch.randn(40, 70, device=DEVICE).bfloat16()
+    t = torch.randn(40, 70, device=DEVICE)
+    expected = fused.huber_loss(x, t)
+    for grad in (False, True):
+        found = fused.huber_loss(x, t.clone().requires_grad_(grad))
+        assert found.dtype == BF16 and torch.equal(found, expected)
+        each = fused.huber_loss(x, t.clone().requires_grad_(grad), reduction="none")
+        torch.testing.assert_close(each.double(), F.huber_loss(x.double(), t.double(), reduction="none"), rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ("mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss", "kl_div"))
 @pytest.mark.parametrize("shapes", (((6, 5), (5,)), ((6, 1), (1, 5)), ((5,), (6, 5)), ((), (3,)), ((2, 6, 5), (6, 1))), ids=str)
 @pytest.mark.parametrize("dtype", (F32, BF16))
@@ -241,3 +266,9 @@ def test_errors():
             call()
     with pytest.warns(UserWarning, match="kl_div: reduction='mean' divides by all elements"):
         fused.kl_div(x, t)
+
+
+@pytest.mark.parametrize("beta", (1e-46, 1e-40, 1e-38, 1e-20))
+def test_a_tiny_beta(beta):
+    x, t = torch.tensor([0.0, 1.0, -2.0], device=DEVICE).requires_grad_(), torch.tensor([0.0, 1.0, 3.0], device=DEVICE)
+    compare(*both("smooth_l1_loss", x, t, reduction="none", beta=beta), [x])

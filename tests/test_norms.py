@@ -116,6 +116,15 @@ def test_two_dtypes_are_added_as_torch_does():
     assert same_bits(summed, a + c) and normed.dtype == F32
     da, dc = torch.autograd.grad((normed * random(9, 70)).sum(), (a, c))
     assert da.dtype == BF16 and dc.dtype == F32 and same_bits(da, dc.to(BF16))
+    w, b = (random(70, dtype=BF16).requires_grad_() for _ in range(2))
+    for narrow in (True, False):  # the layer's output, or the residual
+        one, other = (a, c) if narrow else (c, a)
+        wide = fused.add_layer_norm(one.float(), other.float(), (70,), w.float(), b.float())
+        for x, y in zip(fused.add_layer_norm(one, other, (70,), w, b), wide):
+            assert same_bits(x, y)
+        assert same_bits(fused.add_rms_norm(one, other, (70,), w)[0], fused.add_rms_norm(one.float(), other.float(), (70,), w.float())[0])
+        (dw,) = torch.autograd.grad(fused.add_layer_norm(one, other, (70,), w, b)[0].square().sum(), w)
+        assert dw.dtype == BF16
 
 
 @pytest.mark.parametrize("op", ("add_rms_norm", "add_layer_norm"))
@@ -256,3 +265,25 @@ def test_no_columns_and_no_dimensions():
     assert torch.equal(fused.norm(empty), torch.zeros(3, device=DEVICE))
     three = torch.tensor(-3.0, device=DEVICE)
     assert fused.norm(three) == fused.norm(three, keepdim=True) == 3 and fused.normalize(three, dim=0) == -1
+
+
+@pytest.mark.parametrize("value", (1e30, float("inf")))
+def test_a_gradient_beyond_the_range(value):
+    """Divided by a small norm it is infinite, and no NaN."""
+    rows = torch.tensor([[0.0] * 40, [1e-20] + [0.0] * 39], device=DEVICE).requires_grad_()
+    dy = torch.zeros(2, 40, device=DEVICE)
+    dy[:, 5] = value
+    found, expected = (torch.autograd.grad(f(rows, dim=-1), rows, dy)[0] for f in (fused.normalize, torch.nn.functional.normalize))
+    torch.testing.assert_close(found[:, 5], expected[:, 5])
+    assert not found[0].isnan().any()
+
+
+def test_sums_have_the_same_bits_whatever_else_is_asked_for():
+    """Of every second channel of images in channels_last too, whose gradient is denser than they are."""
+    base = random(3, 128, 9, 9).to(memory_format=torch.channels_last)
+    images, params = base[:, ::2], [random(64).requires_grad_() for _ in range(2)]
+    dy = random(3, 64, 9, 9)
+    for x in (images.detach(), images.detach().contiguous()):
+        alone = torch.autograd.grad(fused.layer_norm_2d(x, *params), params, dy)
+        beside = torch.autograd.grad(fused.layer_norm_2d(x.requires_grad_(), *params), (*params, x), dy)
+        assert all(same_bits(a, b) for a, b in zip(alone, beside))

@@ -245,3 +245,12 @@ def test_tables_of_the_module_outlive_where_they_were_made():
     assert torch.equal(y, expected)
     with pytest.raises(IndexError):
         grown(q, q, position_ids=torch.tensor([0, 1, 2, 3, 4, -1]))
+
+
+@pytest.mark.parametrize("backward", (lambda a, b: a.sum() + b.sum(), lambda a, b: a.sum(), lambda a, b: b.sum()))
+def test_no_heads(backward):
+    q, k = draw(2, 0, 5, 16).requires_grad_(), draw(2, 0, 5, 16).requires_grad_()
+    weights = [draw(16).requires_grad_() for _ in range(2)]
+    loss = backward(*F.qk_norm_rope(q, k, *weights, *tables(5, 16)))
+    for t, g in zip(weights, torch.autograd.grad(loss, (*weights, q, k), materialize_grads=True)):
+        assert g.shape == t.shape and not g.any()

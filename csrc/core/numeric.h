@@ -196,10 +196,11 @@ FUSEGRAD_FN Vec<float> expm1(Vec<float> a) {
 template <class S>
 FUSEGRAD_FN Vec<S> reciprocal(Vec<S> a) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // A Newton step on 14 bits instead of a division. Of infinity it stays the 0 that it begins as.
+  // A Newton step on 14 bits instead of a division. Of infinity it stays the 0 that it begins as, and of 0, and what is so near it,
+  // the infinity: there the error, otherwise about 0, is -infinity or no number.
   if constexpr (std::is_same_v<S, float>) {
     const __m512 y = _mm512_rcp14_ps(a), error = _mm512_fnmadd_ps(a, y, _mm512_set1_ps(1.0f));
-    return _mm512_mask_fmadd_ps(y, _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q), error, y);
+    return _mm512_mask_fmadd_ps(y, _mm512_cmp_ps_mask(error, _mm512_set1_ps(-1.0f), _CMP_GT_OQ), error, y);
   }
 #endif
   return Vec<S>(S(1)) / a;

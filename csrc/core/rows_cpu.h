@@ -102,17 +102,18 @@ class RowsCpu {
 
   template <bool sum_columns>
   void rows(int64_t begin, int64_t end, int64_t slice) const {
-    std::unique_ptr<T[]> scratch(gathered ? new T[gathered * kBlock * cols] : nullptr);
-    std::unique_ptr<T[]> made(scattered ? new T[scattered * kBlock * cols] : nullptr);
+    const int64_t some = std::clamp<int64_t>(end - begin, 0, kBlock);  // rows at a time
+    std::unique_ptr<T[]> scratch(gathered ? new T[gathered * some * cols] : nullptr);
+    std::unique_ptr<T[]> made(scattered ? new T[scattered * some * cols] : nullptr);
     std::unique_ptr<uint64_t[]> brought(apart ? new uint64_t[Op::mixed * cols] : nullptr);
-    for (int64_t block = begin; block < end; block += kBlock) {
-      const int64_t n = std::min(kBlock, end - block);
-      if (gathered) gather(scratch.get(), block, n);
+    for (int64_t block = begin; block < end; block += some) {
+      const int64_t n = std::min(some, end - block);
+      if (gathered) gather(scratch.get(), block, n, some);
       for (int64_t r = block; r < block + n; ++r) {
         Source from;
         for (int i = 0, g = 0; i < Op::in; ++i)
           from.x[i] = args.in[i].col == 1 ? static_cast<const T*>(args.in[i].data) + args.extent.offset(args.in[i], r)
-                                          : scratch.get() + (g++ * kBlock + r - block) * cols;
+                                          : scratch.get() + (g++ * some + r - block) * cols;
         for (int i = 0; i < Op::mixed; ++i) {
           Mixed& m = from.m[i] = Mixed(args.mixed[i], args.extent.offset(args.mixed[i], r));
           if (!m.data || args.mixed[i].col <= 1) continue;
@@ -129,15 +130,16 @@ class RowsCpu {
         for (int i = 0, g = 0; i < Op::out; ++i)
           if (args.out[i].data)
             y[i] = args.out[i].col == 1 ? static_cast<T*>(args.out[i].data) + args.extent.offset(args.out[i], r)
-                                        : made.get() + (g++ * kBlock + r - block) * cols;
+                                        : made.get() + (g++ * some + r - block) * cols;
         row<sum_columns>(r, from, ahead, y, slice);
       }
-      if (scattered) scatter(made.get(), block, n);
+      if (scattered) scatter(made.get(), block, n, some);
     }
     if (past) end_of_stores_past();
   }
 
-  void gather(T* to, int64_t first, int64_t n) const {
+  // n rows; those of the next tensor lie `some` rows further.
+  void gather(T* to, int64_t first, int64_t n, int64_t some) const {
     for (int i = 0; i < Op::in; ++i) {
       const View& v = args.in[i];
       if (v.col == 1) continue;
@@ -145,11 +147,11 @@ class RowsCpu {
       for (int64_t r = 0; r < n; ++r) from[r] = static_cast<const T*>(v.data) + args.extent.offset(v, first + r);
       for (int64_t c = 0; c < cols; ++c)
         for (int64_t r = 0; r < n; ++r) to[r * cols + c] = from[r][c * v.col];
-      to += kBlock * cols;
+      to += some * cols;
     }
   }
 
-  void scatter(const T* from, int64_t first, int64_t n) const {
+  void scatter(const T* from, int64_t first, int64_t n, int64_t some) const {
     for (int i = 0; i < Op::out; ++i) {
       const View& v = args.out[i];
       if (!v.data || v.col == 1) continue;
@@ -157,7 +159,7 @@ class RowsCpu {
       for (int64_t r = 0; r < n; ++r) to[r] = static_cast<T*>(v.data) + args.extent.offset(v, first + r);
       for (int64_t c = 0; c < cols; ++c)
         for (int64_t r = 0; r < n; ++r) to[r][c * v.col] = from[r * cols + c];
-      from += kBlock * cols;
+      from += some * cols;
     }
   }
 

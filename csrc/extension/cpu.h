@@ -4,6 +4,7 @@
 // extension would break with each new build of it. The price is a pool of memory (host/pool.h) for each.
 #pragma once
 
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <array>
@@ -157,6 +158,10 @@ struct Extension {
     m.impl("forward", &forward);
     m.impl("backward", &backward);
   }
+  // As csrc/bindings.cpp: an error where somebody differentiates a kernel.
+  static void no_derivative(torch::Library& m) {
+    for (const char* name : {"forward", "backward"}) m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 };
 
 }  // namespace
@@ -165,7 +170,8 @@ struct Extension {
 #define FUSEGRAD_EXTENSION(library, E)                                                                                             \
   TORCH_LIBRARY(library, m) { fusegrad::extension::Extension<E>::define(m); }                                                      \
   TORCH_LIBRARY_IMPL(library, CPU, m) { fusegrad::extension::Extension<E>::implement(m); }                                         \
-  TORCH_LIBRARY_IMPL(library, CUDA, m) { fusegrad::extension::Extension<E>::implement(m); }
+  TORCH_LIBRARY_IMPL(library, CUDA, m) { fusegrad::extension::Extension<E>::implement(m); }                                        \
+  TORCH_LIBRARY_IMPL(library, Autograd, m) { fusegrad::extension::Extension<E>::no_derivative(m); }
 
 #include "../host/pool.cpp"
 #include "../host/view.cpp"

@@ -2,6 +2,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <numeric>
@@ -54,9 +55,17 @@ Tensor empty_as(const Tensor& like) {
   return pool::empty_strided(like.sizes(), at::infer_dense_strides(like.sizes(), like.strides()), like);
 }
 
+int64_t step_as(const Tensor& like, int64_t dim) {
+  if (like.size(dim) <= 1) return 1;
+  if (like.dim() > kMaxDims) return c10::multiply_integers(like.sizes().slice(dim + 1));
+  return like.is_non_overlapping_and_dense() ? like.stride(dim) : at::infer_dense_strides(like.sizes(), like.strides())[dim];
+}
+
 Frame::Frame(const char* op, const Tensor& main, const char* name, int64_t first, int64_t last)
     : op_(op), main_(dense(op, main, name)), first_(first), last_(last), sizes_(main.sizes()) {
   type_ = param_type_ = dtype(op, main, name);
+  TORCH_CHECK_INDEX(0 <= first && first <= last && last <= main.dim(), op, ": ", name, " must have dimensions ", first, " to ",
+                    last, ", got ", main.sizes());
   for (int64_t d = 0; d < main.dim(); ++d) {
     if (d >= first && d < last)
       cols_ *= sizes_[d];
@@ -69,7 +78,7 @@ Frame Frame::flat(const char* op, const Tensor& main, const char* name, int64_t 
   Frame frame(op, main, name, main.dim(), main.dim());
   frame.flat_ = true;
   if (parts > 1) {
-    TORCH_CHECK(dim < main.dim() && main.size(dim) % parts == 0, op, ": ", name, " must have a size that ", parts,
+    TORCH_CHECK(0 <= dim && dim < main.dim() && main.size(dim) % parts == 0, op, ": ", name, " must have a size that ", parts,
                 " divides in dimension ", dim, ", got ", main.sizes());
     frame.dim_ = dim;
     frame.row_sizes_[dim] = frame.sizes_[dim] /= parts;

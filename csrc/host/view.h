@@ -16,6 +16,7 @@ inline bool given(const OptTensor& t) { return t.has_value() && t->defined(); }
 
 // For the result of a map op: dense, in the order of `like`'s memory as far as a view can follow it.
 Tensor empty_as(const Tensor& like);
+int64_t step_as(const Tensor& like, int64_t dim);  // the stride that its dimension will have; 1 if that has one element
 
 // How one call sees its tensors: dimensions [first, last) of the main tensor are the columns, the others number the rows.
 class Frame {

@@ -113,10 +113,15 @@ struct Activation {
     }
   }
 
-  // dy times the derivative; where relu is flat that is 0 for an infinite dy, too.
+  // dy times the derivative; where torch's function is flat that is 0 for an infinite dy, too.
   template <class A>
   FUSEGRAD_FN A gradient(A dy, A x) const {
-    return kind == Act::relu ? select(x <= A(0), A(0), dy) : dy * derivative(x);
+    switch (kind) {
+      case Act::relu: return select(x <= A(0), A(0), dy);
+      case Act::squared_relu: return select(x <= A(0), A(0), dy * derivative(x));
+      case Act::hardswish: return select(x <= A(-3), A(0), dy * derivative(x));
+      default: return dy * derivative(x);
+    }
   }
 
  private:

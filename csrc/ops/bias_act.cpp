@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> bias_act_bwd(const Tensor& dy,    // [*, C, *]
     Tensor rows = frame.empty_per_row();
     frame.per_row(args.scalar_out[RowBiasActBwd::kDb], rows, "gradient of bias");
     run(frame, args);
-    db = (dim > 0 ? at::sum(rows.view({-1, x.size(dim)}), 0) : rows).to(b->scalar_type());
+    db = (dim > 0 ? at::sum(rows.flatten(0, dim - 1), 0) : rows).to(b->scalar_type());
   }
   return {dx, db};
 }

@@ -183,6 +183,11 @@ void statistics(const Walk& walk, const Tensor& stats) {
   run(frame, args);
 }
 
+// Beyond the dimensions that a view can walk a tensor is copied, as Frame does: rare enough. But what Frame copies is not written
+// to, and of sets of rows that are.
+Tensor walkable(const Tensor& t) { return t.dim() > kMaxDims ? t.contiguous() : t; }
+OptTensor walkable(const OptTensor& t) { return given(t) ? OptTensor(walkable(*t)) : t; }
+
 // Of each set, for the channels in it.
 Tensor per_channel(const Tensor& t, int64_t channels) {
   const int64_t n = t.size(0), groups = t.size(1);
@@ -325,18 +330,20 @@ std::array<Tensor, 2> group_rows_bwd(const char* op, const Tensor& dy, const Ten
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
-                                            const OptTensor& w,     // [C]
-                                            const OptTensor& b,     // [C]
-                                            const OptTensor& r,     // [N, C, *]
-                                            const OptTensor& mean,  // [C], if the statistics are given
-                                            const OptTensor& var,   // [C]
-                                            int64_t groups,         // 0: batch norm
+std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& input,     // [N, C, *]
+                                            const OptTensor& w,      // [C]
+                                            const OptTensor& b,      // [C]
+                                            const OptTensor& added,  // [N, C, *]
+                                            const OptTensor& mean,   // [C], if the statistics are given
+                                            const OptTensor& var,    // [C]
+                                            int64_t groups,          // 0: batch norm
                                             double eps, int64_t activation) {
   RECORD_FUNCTION("fusegrad::channel_norm_fwd", {});
   const at::AutoDispatchBelowADInplaceOrView views_without_a_graph;
   const char* const op = groups ? "group_norm" : "batch_norm";
-  check(op, x, {}, w, b, r, mean, var);
+  check(op, input, {}, w, b, added, mean, var);
+  const Tensor x = walkable(input);
+  const OptTensor r = walkable(added);
   Tensor y = empty_as(x), stats;
   if (!given(mean))
     stats = groups ? at::empty({3, x.size(0), groups}, wide_options(x)) : at::empty({3, x.size(1)}, wide_options(x));
@@ -369,19 +376,21 @@ std::tuple<Tensor, Tensor> channel_norm_fwd(const Tensor& x,        // [N, C, *]
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_bwd(
-    const Tensor& dy,       // [N, C, *]
-    const Tensor& x,        // [N, C, *]
-    const OptTensor& w,     // [C]
-    const OptTensor& b,     // [C]
-    const OptTensor& r,     // [N, C, *]
-    const Tensor& mean,     // [N, groups], or [C] without groups
-    const Tensor& var,      // the same
-    const OptTensor& lost,  // the same; not given: the statistics are constants
+    const Tensor& gradient,  // [N, C, *]
+    const Tensor& input,     // [N, C, *]
+    const OptTensor& w,      // [C]
+    const OptTensor& b,      // [C]
+    const OptTensor& added,  // [N, C, *]
+    const Tensor& mean,      // [N, groups], or [C] without groups
+    const Tensor& var,       // the same
+    const OptTensor& lost,   // the same; not given: the statistics are constants
     int64_t groups, double eps, int64_t activation, std::array<bool, 4> needed) {
   RECORD_FUNCTION("fusegrad::channel_norm_bwd", {});
   const at::AutoDispatchBelowADInplaceOrView views_without_a_graph;
   const char* const op = groups ? "group_norm backward" : "batch_norm backward";
-  check(op, x, dy, w, b, r, {}, {});
+  check(op, input, gradient, w, b, added, {}, {});
+  const Tensor x = walkable(input), dy = walkable(gradient);
+  const OptTensor r = walkable(added);
   const int64_t n = x.size(0), c = x.size(1), m = x.numel() / std::max<int64_t>(1, groups ? n * groups : c);
   const ChannelRow channel{eps, {Act(checked_number("activation", activation, kActs)), kLeakySlope}, given(r)};
   const bool through_sets = needed[0] && given(lost), summed = needed[1] || needed[2] || through_sets;

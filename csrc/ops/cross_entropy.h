@@ -124,7 +124,7 @@ struct CrossEntropyBwd : RowOp {
     if (row.target == o.ignore_index) return;
     const S cols = S(at.args.extent.cols);
     const bool label = row.target >= 0 && row.target < at.args.extent.cols;
-    const S g = at.scalar(kDLoss) / at.scalar(kDivisor, S(1));
+    const S g = at.given(kDLoss) ? at.scalar(kDLoss) / at.scalar(kDivisor, S(1)) : S(0);  // and not 0 / 0, beside a gradient of lse
     row.top = at.scalar(kTop);
     row.log_sum = at.scalar(kLogSum);
     row.of_w = g * S(o.smoothing) / cols;

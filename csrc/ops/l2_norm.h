@@ -48,8 +48,8 @@ struct Over {
   }
   template <class A>
   FUSEGRAD_FN A of(A x) const {
-    const A scaled = x * A(up), q = scaled * A(by);
-    return fma(fma(A(minus), q, scaled), A(by), q);
+    const A scaled = x * A(up), q = scaled * A(by), exact = fma(fma(A(minus), q, scaled), A(by), q);
+    return select(exact == exact, exact, q);  // an infinite quotient lacks what is no number
   }
 };
 

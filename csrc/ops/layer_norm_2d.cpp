@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& dy,    // [N,
   args.param[LayerNormBwd::kW] = frame.params(w, "weight");
   frame.per_row(args.scalar_in[LayerNormBwd::kMean], mean, "mean");
   frame.per_row(args.scalar_in[LayerNormBwd::kRstd], rstd, "rstd");
-  args.out[LayerNormBwd::kDx].col = x.size(1) > 1 ? x.stride(1) : 1;  // so that sums have the same bits without it
+  args.out[LayerNormBwd::kDx].col = step_as(x, 1);  // so that sums have the same bits without it
   if (needed[0]) frame.out(args.out[LayerNormBwd::kDx], dx = empty_as(x));
   if (needed[1]) args.col_out[LayerNormBwd::kDw] = (dw = frame.empty_params(w)).mutable_data_ptr();
   if (needed[2]) args.col_out[LayerNormBwd::kDb] = (db = frame.empty_params(b)).mutable_data_ptr();

@@ -15,6 +15,8 @@ Tensor linear_product(const Tensor& x,       // [*, in]
   RECORD_FUNCTION("fusegrad::linear_product", {});
   const c10::OptionalDeviceGuard device(x.device());
   const Quiet quiet;
+  TORCH_CHECK(x.dim() > 0 && w.dim() == 2, "linear: input must have a dimension and weight two, got ", x.sizes(), " and ",
+              w.sizes());
   auto sizes = x.sizes().vec();
   sizes.back() = w.size(0);
   Tensor y = pool::empty(sizes, x);

@@ -3,8 +3,10 @@
 //   for each chunk c:   z = x_c w^T + b;   loss, top, log_sum of each token (cross_entropy.h);   z <- dz
 //                       dx_c = dz w;   dw += dz^T x_c;   db += sum(dz)
 //
-// Where the loss is one number, its gradient is known up to a factor, and the forward makes it while the logits are there: three
-// products of matrices, as many as with the logits kept. Else the backward makes the logits again, which is a fourth one.
+// Where the loss is one number, its gradient is known up to a factor, and the forward makes it while the logits are there, that of
+// the sum: three products of matrices, as many as with the logits kept. (What a mean divides by comes with the factor: a dz of
+// float16 that was divided by thousands of tokens before would be 0.) Else the backward makes the logits again, which is a fourth
+// one.
 //
 // Products are summed and stored in float32 (float64 for float64), so that the error of dw does not grow with the number of
 // chunks, and results are rounded once. 16-bit factors stay as they are where a product of them can be float32: on CUDA, and for
@@ -22,7 +24,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/any.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -137,7 +138,7 @@ class Head {
     wide_ = frame.wide();
     const Tensor t = target.contiguous();
     ignores_ = !x.is_cpu() || std::count(t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + t.numel(), ignore_index);
-    factor_ = x.is_cpu() && !multiplies_bfloat16(x, w) ? wide_ : x.scalar_type();
+    factor_ = (x.is_cpu() ? multiplies_bfloat16(x, w) : w.scalar_type() == x.scalar_type()) ? x.scalar_type() : wide_;
     chunk_ = tokens_per_chunk(tokens(), classes(), x.size(1), wish, x.element_size() == 8 ? 8 : 4);
     const Tensor like = at::empty({0}, x.options().dtype(wide_));
     logits_ = pool::empty({chunk_, classes()}, like);
@@ -182,6 +183,7 @@ class Head {
       if (dw.defined()) multiply(dw, dz.t(), x_chunk_.narrow(0, 0, n_), rest || first > 0);
     };
     if (db.defined()) db.add_(at::sum(wide_dz, 0));
+    if (dx.defined() && classes() == 0) sum.zero_();
     multiply_by(false);
     for (int part = 1; part < 3 && x_.is_cpu() && factor_ != wide_; ++part) {
       to_rest(dz, wide_dz);
@@ -215,14 +217,6 @@ class Head {
     }
   }
 };
-
-// The sum of the labels' weights.
-Tensor label_weights(const Tensor& target, const OptTensor& class_weight, int64_t ignore_index, at::TensorOptions wide) {
-  const Tensor kept = target.ne(ignore_index);
-  if (!given(class_weight)) return kept.sum().to(wide);
-  const Tensor label = target.clamp(0, class_weight->size(0) - 1);  // on CUDA a wrong label makes NaN, elsewhere
-  return at::where(kept, class_weight->index_select(0, label), at::zeros({}, wide)).sum();
-}
 
 // grad times the factor, or that of each row, as it was asked for: rounded once, in pieces where it must be.
 Tensor scaled(const Tensor& grad, const Tensor& factor, at::ScalarType type) {
@@ -259,19 +253,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const auto per_token = [&](bool wanted) { return wanted ? at::empty({head.tokens()}, head.wide()) : Tensor(); };
   const bool grads = reduce && (needed[0] || needed[1] || needed[2]);
   LossRows rows{per_token(true), per_token(true), per_token(true), per_token(reduce), per_token(return_lse)};
-  OptTensor divisor = num_items;
   Tensor dx, dw, db;
-  LossGrads of_loss;
-  // Of weights it is this sum with and without gradients, so that the loss has the same bits.
-  const bool divides = mean && !given(num_items) && items == 0 && (grads || cw), may_be_empty = grads && mean && empty_is_zero;
-  Tensor weights;
-  if (divides || may_be_empty) weights = label_weights(target, cw, ignore_index, head.wide());
-  if (divides) divisor = weights;
+  LossGrads of_sum;
   if (grads) {
-    of_loss.loss = at::ones({}, head.wide());
-    if (mean) of_loss.divisor = given(divisor) ? divisor->to(head.wide()) : at::full({}, items, head.wide());
-    if (may_be_empty)  // as LossTotal, which comes after all chunks
-      of_loss.divisor = at::where(weights.eq(0), std::numeric_limits<double>::infinity(), *of_loss.divisor);
+    of_sum.loss = at::ones({}, head.wide());
     if (needed[0]) dx = head.gradient(x);
     if (needed[1]) dw = head.tokens() ? head.gradient(w) : head.gradient(w).zero_();
     if (needed[2]) db = at::zeros({head.classes()}, head.wide());
@@ -282,14 +267,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     const LossRows here{part(rows.loss), part(rows.top), part(rows.log_sum), part(rows.weight), part(rows.lse)};
     loss_rows(kOp, z, t, cw, options, here);
     if (!grads) continue;
-    loss_rows_backward(kOp, z, t, cw, options, here, of_loss, z);
+    loss_rows_backward(kOp, z, t, cw, options, here, of_sum, z);
     head.backward(first, dx, dw, db);
   }
-  Tensor total_divisor;
-  if (reduce) std::tie(rows.loss, total_divisor) = loss_total(kOp, rows.loss, rows.weight, divisor, items, mean, empty_is_zero);
+  Tensor divisor;
+  if (reduce) std::tie(rows.loss, divisor) = loss_total(kOp, rows.loss, rows.weight, num_items, items, mean, empty_is_zero);
   const auto out_type = wide ? head.wide().dtype().toScalarType() : x.scalar_type();
-  if (grads) rows.top = rows.log_sum = total_divisor = Tensor();  // have done their work
-  return {rows.loss.to(out_type), return_lse ? rows.lse.to(out_type) : rows.lse, rows.top, rows.log_sum, total_divisor, dx, dw, db};
+  if (grads) rows.top = rows.log_sum = Tensor();  // have done their work
+  return {rows.loss.to(out_type), return_lse ? rows.lse.to(out_type) : rows.lse, rows.top, rows.log_sum, divisor, dx, dw, db};
 }
 
 LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N]
@@ -302,7 +287,7 @@ LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N
                                      const OptTensor& top,           // [N]
                                      const OptTensor& log_sum,       // [N]
                                      const OptTensor& divisor,       // []
-                                     const OptTensor& dx,            // [N, H] of a loss of 1, if the forward made them
+                                     const OptTensor& dx,            // [N, H] of the sum, if the forward made them
                                      const OptTensor& dw,            // [C, H]
                                      const OptTensor& db,            // [C]
                                      int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale,
@@ -312,9 +297,10 @@ LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N
   const Quiet quiet;
   const auto b_type = given(b) ? b->scalar_type() : x.scalar_type();
   if (!given(top)) {
+    const auto sums = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     // An ignored token has no gradient, whatever that of the loss is: it is infinite for the mean of no token over many processes.
-    const Tensor kept = target.ne(ignore_index);
-    const Tensor of_tokens = at::where(kept, *dloss, 0).unsqueeze(1), of_sums = at::where(kept.any(), *dloss, 0);
+    const Tensor kept = target.ne(ignore_index), g = given(divisor) ? dloss->to(sums).div(divisor->to(sums)) : dloss->to(sums);
+    const Tensor of_tokens = at::where(kept, g, 0).unsqueeze(1), of_sums = at::where(kept.any(), g, 0);
     const auto result = [&](bool wanted, const OptTensor& grad, const Tensor& factor, at::ScalarType type) {
       return wanted ? scaled(*grad, factor, type) : Tensor();
     };

@@ -96,7 +96,10 @@ struct Call {
     const Frame frame = checked(main, "q");
     const c10::OptionalDeviceGuard guard(main.device());
     const auto& kernel = kernel_for<RotaryArgs>(op, main.device());
-    if (args.side[0].extent.rows + args.side[1].extent.rows == 0 && !args.sums_columns()) return;
+    if (args.side[0].extent.rows + args.side[1].extent.rows == 0) {
+      if (!args.sums_columns()) return;
+      args.positions = 0;  // of no heads there is nothing to look at, and the sums are 0
+    }
     Tensor workspace;
     if (args.sums_columns()) {
       args.slices = kernel.slices(args);

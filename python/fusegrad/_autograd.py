@@ -49,11 +49,15 @@ class Function(torch.autograd.Function):
     @classmethod
     def call(cls, tensors: Sequence[torch.Tensor | None], *options, outputs: int | None = None):
         """`apply`, by the shortest way that is right here. Of several results the first `outputs` are returned (1: without a tuple)."""
-        if is_sharded(tensors[0]) and not _transforms.active():
+        if any([t is not None and is_sharded(t) for t in tensors]) and not _transforms.active():
             from . import _sharded
 
             return _sharded.call(cls.sharded or _op.OPS[cls.op], tensors, options, outputs)
         if _op._forced_reference:
+            return cls.reference(*tensors, *options)
+        reason = _op.why_not(tensors[0])
+        if reason is not None:
+            _op.fall_back(cls.op, reason, tensors[0])
             return cls.reference(*tensors, *options)
         if torch.compiler.is_compiling():
             # ONNX knows torch's operators only; and of a Function within a transform Dynamo traces the forward alone.
@@ -62,10 +66,6 @@ class Function(torch.autograd.Function):
             if not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])):
                 return _first(outputs, cls.forward(*tensors, *options))
             return _first(outputs, cls.apply(*_distinct(tensors), *options))
-        reason = _op.why_not(tensors[0])
-        if reason is not None:
-            _op.fall_back(cls.op, reason, tensors[0])
-            return cls.reference(*tensors, *options)
         if _is_tracing():  # as does TorchScript, and the ONNX exporter that is built on it
             _op.count(cls.op, "a trace is recorded")
             return cls.reference(*tensors, *options)

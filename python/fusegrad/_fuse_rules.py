@@ -187,6 +187,8 @@ def _activation(m: Module) -> tuple[str, float] | None:
     slope = getattr(m, "negative_slope", 0.01)
     if training is None or evaluating is None or not all(map(torch.equal, training, evaluating)) or not isinstance(slope, float):
         return None
+    if any(t.shape != x.shape or t.dtype != x.dtype for t in training):  # as of one that halves what it gets
+        return None
     for name, function in ACTIVATIONS.items():
         expected = None if name == "identity" else _run(lambda x, function=function: function(x, slope), x)
         if expected and all(torch.allclose(*pair, rtol=1e-12, atol=1e-13) for pair in zip(training, expected)):
@@ -500,8 +502,10 @@ class Gated(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation, gate, up, down = self.gated
-        halves = (getattr(self, up)(x),) if up else ()
-        return getattr(self, down)(GATES[activation](getattr(self, gate)(x), *halves))
+        parts = [getattr(self, name)(x) for name in (gate, up) if name]
+        if len({(part.shape, part.dtype) for part in parts}) > 1:  # one gate for many columns, say
+            return getattr(self, down)(ACTIVATIONS[activation](parts[0], 0.01) * parts[1])
+        return getattr(self, down)(GATES[activation](*parts))
 
 
 class Rotary(Module):
@@ -603,8 +607,9 @@ def joined(m: Module, found: Found) -> Change | None:
     return None if first is None else _change(Joined, m, {}, by=f"joined to the {type(first).__name__} before it")
 
 
-def _agree(a: Module, b: Module, x: Tensor, param_dtype: torch.dtype = torch.float32) -> bool:
-    """Whether both make the same of x, with weights that are drawn; lying in memory alike."""
+def _agree(a: Module, b: Module, x: Tensor, param_dtype: torch.dtype, order_of_casts: bool) -> bool:
+    """Whether both make the same of x, with weights that are drawn; lying in memory alike. In 16 bits results, of the same dtype, are
+    as close as that allows, or the same if the order of casts shall be."""
     n, results = len(a.weight), []
     for m in (a, b):
         own = [k for k, p in a._parameters.items() if p is not None]
@@ -614,7 +619,9 @@ def _agree(a: Module, b: Module, x: Tensor, param_dtype: torch.dtype = torch.flo
     theirs, ours = results
     if theirs is None or ours is None or theirs[0].stride() != ours[0].stride():
         return False
-    return _close(theirs, ours, 1e-4) if x.dtype == torch.float32 else _same_bits(theirs[0], ours[0])
+    if x.dtype == torch.float32:
+        return _close(theirs, ours, 1e-4)
+    return _same_bits(theirs[0], ours[0]) if order_of_casts else _close(theirs[:1], ours[:1], 2**-4)
 
 
 def written_norm(m: Module, found: Found) -> Change | None:
@@ -629,14 +636,14 @@ def written_norm(m: Module, found: Found) -> Change | None:
     (n,), (eps,) = shape, epsilons
     scale = eps**0.5 or 1.0  # where eps counts
     rows, images = _draw(max(4, 2048 // n), n, scale=scale), _draw(2, n, 3, 4, scale=scale)
+    kinds = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))  # of rows and weight
     for cls, x in ((nn.LayerNorm, rows), (nn.LayerNorm2d, images), (WrittenLayerNorm2d, images)):
         ours = cls(n, eps, bias="bias" in own, device="cpu")
-        if _agree(m, ours, x):
+        if all(_agree(m, ours, x.to(dtype), param, False) for dtype, param in kinds):
             return _change(cls, m, _attributes(ours) | ({} if "bias" in m._parameters else dict(bias=None)))
     for options in (dict(weight_offset=o, cast_order=c) for c in ("torch", "llama") for o in (0.0, 1.0)):
         ours = WrittenRMSNorm((n,), eps, device="cpu", **options)
-        kinds = ((rows, torch.float32), (rows.bfloat16(), torch.bfloat16), (rows.bfloat16(), torch.float32))
-        if "bias" not in own and all(_agree(m, ours, *kind) for kind in kinds):
+        if "bias" not in own and all(_agree(m, ours, rows.to(dtype), param, True) for dtype, param in kinds):
             return _change(WrittenRMSNorm, m, _attributes(ours), **options)
     return None
 

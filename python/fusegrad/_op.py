@@ -170,7 +170,8 @@ def reset_stats() -> None:
 
 
 def count(op: str, reason: str) -> None:
-    _stats[op, reason] += 1
+    if not torch.compiler.is_compiling():  # which traces neither a count nor a warning
+        _stats[op, reason] += 1
 
 
 def empty_cache() -> None:
@@ -287,10 +288,8 @@ def fall_back(op: str, reason: str, tensor: torch.Tensor) -> None:
         )
     if _strict:
         raise RuntimeError(f"{op}: {reason} (strict mode does not fall back to the reference)")
-    if torch.compiler.is_compiling():  # which traces neither a count nor a warning
-        return
     count(op, reason)
-    if _stats[op, reason] == 1:
+    if not torch.compiler.is_compiling() and _stats[op, reason] == 1:
         warnings.warn(f"{op}: {reason}; using the reference, which is plain torch code", stacklevel=5)
 
 

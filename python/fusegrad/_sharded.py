@@ -57,13 +57,13 @@ def call(row, tensors: Sequence[Tensor | None], options: Sequence, outputs: int 
 
     A dimension of the first tensor that the row lets be split stays split as it is, and what goes along with it in the other tensors
     is split alike. All else is gathered first, and gradients of what is not split are sums over the processes."""
-    fn, first = row.fn, tensors[0]
-    mesh = first.device_mesh
+    fn, first, sharded = row.fn, tensors[0], next(t for t in tensors if isinstance(t, DTensor))
+    mesh = sharded.device_mesh
     if row.shards is None:
-        fact = f"got {first.placements}; give it the part of this process, input.to_local()"
+        fact = f"got {sharded.placements}; give it the part of this process, input.to_local()"
         raise RuntimeError(f"{row.name}: there is no rule for a DTensor, {fact}")
     for t in tensors:
-        _check(row.name, t, mesh)
+        _check(row.name, t, mesh, may_be_a_number=t is not first)
     whole, along = row.shards(*tensors, *options)
     n = max(1, first.dim())
     free = [d for d in range(first.dim()) if d not in {w % n for w in whole}]
@@ -103,12 +103,12 @@ def call(row, tensors: Sequence[Tensor | None], options: Sequence, outputs: int 
     return results[0] if single else tuple(results)
 
 
-def _check(op: str, t: Tensor | None, mesh: DeviceMesh) -> None:
-    if t is None or (t.dim() == 0 and not t.requires_grad and not isinstance(t, DTensor)):
+def _check(op: str, t: Tensor | None, mesh: DeviceMesh, may_be_a_number: bool) -> None:
+    if t is None or (may_be_a_number and t.dim() == 0 and not t.requires_grad and not isinstance(t, DTensor)):
         return
     if not isinstance(t, DTensor):
         fix = "distribute_tensor(tensor, mesh, [Replicate()]) or distribute_module"
-        raise RuntimeError(f"{op}: all tensors must be DTensors if input is one ({fix}), got a {type(t).__name__} {list(t.shape)}")
+        raise RuntimeError(f"{op}: all tensors must be DTensors if one is ({fix}), got a {type(t).__name__} {list(t.shape)}")
     if t.device_mesh != mesh:
         raise RuntimeError(f"{op}: all tensors must be on the mesh of input, {mesh}, got {t.device_mesh}")
     if not all(_splits(p) or p.is_replicate() or p.is_partial() for p in t.placements):

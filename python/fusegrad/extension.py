@@ -169,7 +169,7 @@ def _compile(cpp_extension, library: str, sources: dict[str, str], flags: list[s
             library,
             [str(folder / file) for file in sources],
             extra_cflags=[*flags, "-Wfatal-errors"],
-            extra_cuda_cflags=["-O3"],
+            extra_cuda_cflags=["-std=c++20", "-O3"],
             extra_ldflags=["-fopenmp"],
             extra_include_paths=include_paths(),
             build_directory=str(folder),

@@ -120,17 +120,20 @@ class AddLayerNormFn(Function):
         return *_backward(ctx, dy, dsum, ctx.needs_input_grad[3], 0.0), *(None,) * 4
 
 
-def _pair(op: str, input: Tensor, residual: Tensor, p: float, training: bool) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """The two in one dtype, that of torch's sum of them; the seed and the probability of the dropout."""
+def _sum_of(op: str, input: Tensor, residual: Tensor, params: tuple, p: float, training: bool) -> tuple[tuple, float]:
+    """Input and residual in one dtype, that of torch's sum of them, the parameters, and the seed of the dropout; its probability."""
     check_tensor(op, "residual", residual)
     if residual.shape != input.shape:
         raise RuntimeError(f"{op}: residual must have the shape of input ({list(input.shape)}), got {list(residual.shape)}")
-    p = probability(op, p) if training else 0.0
+    p = probability(op, p)
+    p = p if training else 0.0
     seed = draw_seed(input) if p > 0 else None
     if input.dtype != residual.dtype:
         dtype = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(dtype), residual.to(dtype)
-    return input, residual, seed, p
+        # Parameters of the narrower of the two lose nothing in the other.
+        params = [t.to(dtype) if t is not None and torch.promote_types(t.dtype, dtype) == dtype else t for t in params]
+    return (input, residual, *params, seed), p
 
 
 @overridable
@@ -156,14 +159,15 @@ def add_rms_norm(
 
     Args:
         input: `[*, *normalized_shape]`, float32, float64, float16 or bfloat16, any layout.
-        residual: the shape of `input`. If the dtypes differ, the one that torch would add them in is used, after a cast.
+        residual: the shape of `input`. If the dtypes differ, the one that torch would add them in is used, after a cast, for parameters
+            of the narrower one too.
         normalized_shape, weight, eps, weight_offset, cast_order: see `rms_norm`.
         p: the probability that an element of `input` is dropped before it is added, as in `fusegrad.functional.dropout`.
         training: if False, nothing is dropped.
 
     Returns:
-        `(normed, summed)`, the shape and dtype of `input`, contiguous. Saved for backward: the sum, weight, one float32 per row, and
-        the seed of the dropout (8 bytes) if there is one; neither input nor residual nor mask.
+        `(normed, summed)`, the shape of `input` and the dtype of the sum, contiguous. Saved for backward: the sum, weight, one float32
+        per row, and the seed of the dropout (8 bytes) if there is one; neither input nor residual nor mask.
 
     Raises:
         TypeError: a dtype that does not go with the input's. RuntimeError: a shape that does not fit, tensors on two devices,
@@ -175,14 +179,14 @@ def add_rms_norm(
         summed = torch.nn.functional.dropout(input, p, training) + residual
         s = summed.float()
         y = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-        y = (y * (weight.float() + weight_offset)).to(input.dtype)
+        y = (y * (weight.float() + weight_offset)).to(summed.dtype)
 
     Source: Zhang & Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.
     """
     dims = check_normalized_shape("add_rms_norm", input, normalized_shape, weight=weight)
-    input, residual, seed, p = _pair("add_rms_norm", input, residual, p, training)
-    options = rms_options("add_rms_norm", input, eps, weight_offset, cast_order)
-    return AddRMSNormFn.call((input, residual, weight, seed), dims, *options, p, outputs=2)
+    tensors, p = _sum_of("add_rms_norm", input, residual, (weight,), p, training)
+    options = rms_options("add_rms_norm", tensors[0], eps, weight_offset, cast_order)
+    return AddRMSNormFn.call(tensors, dims, *options, p, outputs=2)
 
 
 @overridable
@@ -207,14 +211,15 @@ def add_layer_norm(
 
     Args:
         input: `[*, *normalized_shape]`, float32, float64, float16 or bfloat16, any layout.
-        residual: the shape of `input`. If the dtypes differ, the one that torch would add them in is used, after a cast.
+        residual: the shape of `input`. If the dtypes differ, the one that torch would add them in is used, after a cast, for parameters
+            of the narrower one too.
         normalized_shape, weight, bias, eps: see `layer_norm`.
         p: the probability that an element of `input` is dropped before it is added, as in `fusegrad.functional.dropout`.
         training: if False, nothing is dropped.
 
     Returns:
-        `(normed, summed)`, the shape and dtype of `input`, contiguous. Saved for backward: the sum, weight, bias, two float32 per
-        row, and the seed of the dropout (8 bytes) if there is one; neither input nor residual nor mask.
+        `(normed, summed)`, the shape of `input` and the dtype of the sum, contiguous. Saved for backward: the sum, weight, bias, two
+        float32 per row, and the seed of the dropout (8 bytes) if there is one; neither input nor residual nor mask.
 
     Raises:
         TypeError: a dtype that does not go with the input's. RuntimeError: a shape that does not fit, tensors on two devices,
@@ -226,13 +231,13 @@ def add_layer_norm(
         s = summed.float()
         s = s - s.mean(-1, keepdim=True)
         y = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-        y = (y * weight.float() + bias.float()).to(input.dtype)
+        y = (y * weight.float() + bias.float()).to(summed.dtype)
 
     Source: Ba, Kiros & Hinton, Layer Normalization, 2016, arXiv:1607.06450.
     """
     dims = check_normalized_shape("add_layer_norm", input, normalized_shape, weight=weight, bias=bias)
-    input, residual, seed, p = _pair("add_layer_norm", input, residual, p, training)
-    return AddLayerNormFn.call((input, residual, weight, bias, seed), dims, real("add_layer_norm", "eps", eps), p, outputs=2)
+    tensors, p = _sum_of("add_layer_norm", input, residual, (weight, bias), p, training)
+    return AddLayerNormFn.call(tensors, dims, real("add_layer_norm", "eps", eps), p, outputs=2)
 
 
 class _Adds:

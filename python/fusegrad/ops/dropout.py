@@ -188,7 +188,8 @@ def bias_dropout_add(input: Tensor, bias: Tensor | None, residual: Tensor, p: fl
     """
     check_tensor("bias_dropout_add", "input", input)
     check_tensor("bias_dropout_add", "residual", residual)
-    p = probability("bias_dropout_add", p) if training else 0.0
+    p = probability("bias_dropout_add", p)
+    p = p if training else 0.0
     if input.dim() == 0:
         raise RuntimeError("bias_dropout_add: input must have at least one dimension, got a scalar")
     if residual.shape != input.shape or residual.dtype != input.dtype:

@@ -56,7 +56,8 @@ def _(x, w, target, b, class_weight, num_items, *options):
     loss, lse = x.new_empty(() if reduce else target.shape, **out), x.new_empty(target.shape, **out) if return_lse else None
     if reduce and any(needed):
         shapes = x.shape, w.shape, w.shape[:1]
-        return loss, lse, None, None, None, *(x.new_empty(s, **wide) if need else None for s, need in zip(shapes, needed))
+        divisor, grads = x.new_empty((), **wide), (x.new_empty(s, **wide) if need else None for s, need in zip(shapes, needed))
+        return loss, lse, None, None, divisor, *grads
     top, log_sum = x.new_empty(target.shape, **wide), x.new_empty(target.shape, **wide)
     return loss, lse, top, log_sum, x.new_empty((), **wide) if reduce else None, None, None, None
 
@@ -97,7 +98,7 @@ class LinearCrossEntropyFn(Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
         top, log_sum, divisor, *grads = rest
-        # The second derivative needs the divisor that was given, also where the forward has made the gradients.
+        # The second derivative needs the divisor that was given.
         divisor = num_items if ctx.divisor_is_given else divisor
         ctx.save_for_backward(x, w, target, b, class_weight, top, log_sum, divisor, *grads)
 
@@ -297,12 +298,16 @@ def _whole_logits(x, w, target, b, class_weight, ignore_index, options):
     """Where no kernel makes the logits in chunks."""
     op, probabilities = "linear_cross_entropy", target.is_floating_point()
     if probabilities and ignore_index is not None:
-        raise ValueError(f"{op}: ignore_index goes with class indices, got {ignore_index} and a target of probabilities")
+        raise RuntimeError(f"{op}: ignore_index goes with class indices, got {ignore_index} and a target of probabilities")
     if w.dim() > 2 and x.dim() == 1:
         raise RuntimeError(f"{op}: input must be [N, H] with a linear_weight of several dimensions {list(w.shape)}, got {list(x.shape)}")
     _op.fall_back(op, "targets are probabilities" if probabilities else "linear_weight has more than two dimensions", x)
-    z = F.linear(x, w.reshape(-1, w.shape[-1]), None if b is None else b.reshape(-1)).reshape(*x.shape[:-1], *w.shape[:-1])
-    return cross_entropy(z, target, class_weight, ignore_index=ignored(op, ignore_index), **options)
+    z = F.linear(x.to(w.dtype), w.reshape(-1, w.shape[-1]), None if b is None else b.reshape(-1).to(w.dtype))
+    z = z.reshape(*x.shape[:-1], *w.shape[:-1])
+    found = cross_entropy(z, target, class_weight, ignore_index=ignored(op, ignore_index), **options)
+    if w.dtype == x.dtype:
+        return found
+    return tuple(t.to(x.dtype) for t in found) if isinstance(found, tuple) else found.to(x.dtype)
 
 
 @overridable
@@ -497,8 +502,9 @@ def _saved_bytes(kwargs):
     inputs = sum(t.nbytes for t in (x, w, target, b, class_weight, number) if isinstance(t, Tensor))
     if kwargs.get("reduction") == "none":
         return inputs + 2 * target.numel() * width
+    inputs += 0 if isinstance(number, Tensor) else width
     if kwargs.get("return_lse"):
-        return inputs + 2 * target.numel() * width + (0 if isinstance(number, Tensor) else width)
+        return inputs + 2 * target.numel() * width
     return inputs + width * sum(t.numel() for t in (x, w, b) if t is not None)
 
 

@@ -204,7 +204,11 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         check_constant(op, weight=weight, pos_weight=pos)
 
     dtype = input.dtype  # of the result; beside a tensor that has dimensions a scalar counts for its kind alone, as in torch
-    for other in (None if kind == HUBER else target, weight, pos):
+    if kind == KL:
+        dtype = torch.result_type(input, target)
+    elif kind != HUBER:  # torch expands the two before
+        dtype = torch.promote_types(dtype, target.dtype)
+    for other in (weight, pos):
         if other is not None and (other.dim() > 0 or input.dim() == 0 or not dtype.is_floating_point):
             dtype = torch.promote_types(dtype, other.dtype)
     result = target.dtype if kind == BCE and target.is_floating_point() else dtype  # a quirk of torch's
@@ -227,6 +231,8 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
     both = target.requires_grad and target.dtype != input.dtype
     # A gradient that is summed up over what it was broadcast to is not rounded before.
     through = wide_dtype(input) if differ and dtype.itemsize == 2 and (input.requires_grad or target.requires_grad) else dtype
+    if both:
+        through = torch.promote_types(through, target.dtype)
     wide_out = through == dtype and code != NONE and not both and input.dtype != dtype and wide_dtype(input) == dtype
     x = input if wide_out else input.to(through)
     target = target.to(through) if both or through != dtype else target
@@ -431,7 +437,9 @@ def smooth_l1_loss(
         raise RuntimeError(f"smooth_l1_loss: beta must not be negative, got {beta}")
     _warn_of_sizes("smooth_l1_loss", input, target)
     reduction = reduction_of("smooth_l1_loss", reduction, size_average, reduce)
-    return _loss(SmoothL1LossFn, SMOOTH_L1 if beta else L1, input, target, reduction, a=beta)
+    # Beside a beta that is no normal number, whose reciprocal is infinite, no difference is small.
+    least = torch.finfo(torch.float64 if getattr(input, "dtype", None) == torch.float64 else torch.float32).tiny
+    return _loss(SmoothL1LossFn, SMOOTH_L1 if beta >= least else L1, input, target, reduction, a=beta)
 
 
 @_documented
