@@ -57,7 +57,7 @@ def machine(args, peers=None) -> dict:
         commit=commit,
         seed=args.seed,
         rounds=args.rounds,
-        sides=args.sides,
+        sides=list(args.sides),
         peers=peers,
         recycled_memory=args.recycle,
     )

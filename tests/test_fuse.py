@@ -1,6 +1,7 @@
 """fuse and unfuse: what is replaced, what is not and why, and that nothing else of a model changes."""
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -927,3 +928,55 @@ def test_activations_are_known_by_their_values():
     for name, function in ACTIVATIONS.items():
         made = type("Activation", (torch.nn.Module,), {"forward": lambda self, x, f=function: f(x, 0.01)})
         assert _activation(made()) == (None if name == "identity" else (name, 0.01))
+
+
+def rotate_half(x):
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def counted(forward):
+    @functools.wraps(forward)
+    def call(self, *args, **kwargs):
+        self.calls += 1
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
+def hidden(forward):
+    """Not in a variable that could be seen."""
+    functions = [forward]
+    return functools.wraps(forward)(lambda *args, **kwargs: functions[0](*args, **kwargs))
+
+
+class Attention(torch.nn.Module):
+    calls = 0
+
+    def turned(self, q, k, cos, sin):
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return torch.cat((q, k), 1)
+
+
+@pytest.mark.parametrize("decorators", [(), (counted,), (counted, counted), (hidden,)], ids=lambda d: "-".join(f.__name__ for f in d))
+def test_a_forward_with_decorators_turns_by_our_kernel(decorators):
+    forward = functools.reduce(lambda f, decorator: decorator(f), decorators, Attention.turned)
+    model = type("Turning", (Attention,), {"forward": forward})()
+    args = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    expected = model(*args)
+    report = fusegrad.fuse(model, dry_run=True)
+    assert bool(report.replaced) is (hidden not in decorators)
+    if report.replaced:
+        fusegrad.fuse(model)
+        before, inner = model.calls, type(model).forward
+        torch.testing.assert_close(model(*args), expected)
+        assert model.calls == before + len(decorators) and inner is not forward
+        while hasattr(inner, "__wrapped__"):
+            inner = inner.__wrapped__
+        assert "apply_rotary_pos_emb" not in inner.__code__.co_names
+        fusegrad.unfuse(model)
+        assert type(model).forward is forward

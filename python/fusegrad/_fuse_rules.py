@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from types import FunctionType
+from types import CellType, CodeType, FunctionType
 
 import torch
 from torch import Tensor, fx
@@ -515,13 +515,39 @@ class Rotary(Module):
     def of(base: type) -> dict:
         """The forward with another name in the place of the function's; the module that it is from gets that name, and no other user
         of that module notices."""
-        forward = base.forward
+        forward = inspect.unwrap(base.forward)
         code, name = forward.__code__, f"_fusegrad_{ROTARY}"
         forward.__globals__[name] = _rotary(forward.__globals__[ROTARY])
-        code = code.replace(co_names=tuple(name if n == ROTARY else n for n in code.co_names))
-        made = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
-        made.__kwdefaults__, made.__annotations__, made.__doc__ = forward.__kwdefaults__, forward.__annotations__, forward.__doc__
-        return {"forward": made}
+        return {"forward": _with_code(base.forward, code.replace(co_names=tuple(name if n == ROTARY else n for n in code.co_names)))}
+
+
+def _can_be_copied(f) -> bool:
+    """Whether it is a function, or one that decorators are around which hold it in a variable of their own."""
+    while hasattr(f, "__wrapped__"):
+        if not isinstance(f, FunctionType) or [_contents(cell) for cell in f.__closure__ or ()].count(f.__wrapped__) != 1:
+            return False
+        f = f.__wrapped__
+    return isinstance(f, FunctionType)
+
+
+def _contents(cell: CellType):
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
+
+
+def _with_code(f: FunctionType, code: CodeType) -> FunctionType:
+    """A copy with that code, or with the same decorators around it."""
+    closure, more = f.__closure__, dict(vars(f))
+    if "__wrapped__" in more:
+        inner = more["__wrapped__"]
+        more["__wrapped__"] = new = _with_code(inner, code)
+        code, closure = f.__code__, tuple(CellType(new) if _contents(cell) is inner else cell for cell in closure)
+    made = FunctionType(code, f.__globals__, f.__name__, f.__defaults__, closure)
+    made.__kwdefaults__, made.__annotations__, made.__doc__ = f.__kwdefaults__, f.__annotations__, f.__doc__
+    vars(made).update(more)
+    return made
 
 
 def _rotary(theirs: Callable) -> Callable | None:
@@ -702,8 +728,10 @@ def written_activation(m: Module, found: Found) -> Change | None:
 
 def rotary_caller(m: Module, found: Found) -> Change | None:
     """A module whose forward calls the function of its file that turns q and k."""
-    forward = type(m).forward
-    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names or hasattr(forward, "__wrapped__"):
+    if not _can_be_copied(type(m).forward):
+        return None
+    forward = inspect.unwrap(type(m).forward)
+    if ROTARY not in forward.__code__.co_names:
         return None
     if _rotary(forward.__globals__.get(ROTARY)) is None:
         found.why[m] = f"its {ROTARY} is another one than rotary_embedding"
