@@ -12,7 +12,7 @@
 // chunks, and results are rounded once. 16-bit factors stay as they are where a product of them can be float32: on CUDA, and for
 // bfloat16 on a CPU with matrix instructions (AMX) and torch's MKL. There dz is multiplied as the sum of three numbers of bfloat16,
 // which has all its bits; on CUDA it is rounded to the type of the factors. Other CPUs multiply float32 copies, as torch's products
-// of 16-bit matrices round the logits.
+// of 16-bit matrices round the logits; and so is what lies beside a float32 weight.
 //
 // Memory beyond x, w and the gradients, with A = 4 bytes (8 for float64), T tokens, H features, C classes, n tokens per chunk:
 // A n C for the logits, half as much for a dz of 16 bits + 2 A n H for a chunk's x and dx + 32 MB at most for a part of w of

@@ -242,7 +242,8 @@ def linear_cross_entropy(
         arguments and gradients, with 4 bytes a number (8 in float64): a chunk's logits, twice its tokens' features, at most 32 MB
         for a part of a 16-bit weight, half the logits again where products have 16-bit factors, and the gradients in float32 until
         the backward has rounded them. Saved for backward: input, linear_weight, linear_bias, target, weight, and the gradients in
-        float32 that are asked for (of an unreduced loss two float32 per token instead). What does not require grad costs nothing.
+        float32 that are asked for, with the divisor of a mean (of an unreduced loss two float32 per token instead). What does not
+        require grad costs nothing.
 
     Raises:
         IndexError: on the CPU, a label that is neither a class nor `ignore_index`. ValueError: a target of another shape, an

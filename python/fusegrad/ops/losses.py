@@ -204,8 +204,9 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         check_constant(op, weight=weight, pos_weight=pos)
 
     dtype = input.dtype  # of the result; beside a tensor that has dimensions a scalar counts for its kind alone, as in torch
-    if kind == KL:
-        dtype = torch.result_type(input, target)
+    with_dimensions = [t.dtype for t in (input, target) if t.dim() > 0 and t.is_floating_point()]
+    if kind == KL and len(with_dimensions) == 1:
+        (dtype,) = with_dimensions
     elif kind != HUBER:  # torch expands the two before
         dtype = torch.promote_types(dtype, target.dtype)
     for other in (weight, pos):
