@@ -69,6 +69,8 @@ def where_there_is(result, recycled):
     """Sentences about what not every run has."""
     if fresh := report.fresh_memory(result):
         yield fresh
+    if result.get("wanted", 0) > len(result["cells"]):
+        yield f"The run was stopped after {len(result['cells'])} of its {result['wanted']} cells: not every op has all of its shapes."
     if found := [cell for cell in result["cells"] if report.layout(cell) == "row_strided"]:
         yield f"The inputs of {len(found)} cells (row_strided) are slices of wider rows; a copy that a side needs of them is in its time."
     if found := report.summary(result)["repeated"]:

@@ -163,6 +163,7 @@ def main():
     result = dict(machine=result["machine"], absent=absent) | result
     cells = {(c["op"], c["dtype"], c["rows"], c["cols"], report.layout(c)): c for c in result["cells"]}
     wanted = list(cells_of(args))
+    result["wanted"] = len(cells.keys() | set(wanted))
 
     def queue():
         yield from (key for key in wanted if key not in cells)
