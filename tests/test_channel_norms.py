@@ -145,6 +145,18 @@ def test_groups_that_are_short_rows(given, dtype, param):
         check(OPS["group_norm"], sample, run(OPS["group_norm"], sample, cotangent), cotangent)
 
 
+@pytest.mark.parametrize("dtype", (F32, BF16))
+@pytest.mark.parametrize("shape, groups", (((1, 8, 3), 8), ((2, 64, 1), 32), ((3, 96, 5), 96), ((70, 6, 65), 2), ((300, 12, 2), 4)))
+def test_groups_that_are_rows_of_many_sets(shape, groups, dtype):
+    """Each group's rows have parameters of their own, and its sums over few samples and many."""
+    make = Make(dtype, F32)
+    x = make(*shape)
+    for extra in (dict(weight=make.param(shape[1]), bias=make.param(shape[1])), dict(weight=make.param(shape[1])), {}):
+        sample = Sample(str(shape), dict(input=x, num_groups=groups, activation="silu") | extra)
+        cotangent = cotangents(call(OPS["group_norm"], sample))
+        check(OPS["group_norm"], sample, run(OPS["group_norm"], sample, cotangent), cotangent)
+
+
 @pytest.mark.parametrize("name", ("batch_norm", "group_norm", "layer_norm_2d"))
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=name_of)
 @each_format

@@ -97,3 +97,30 @@ def test_bad_limit():
     code = "import torch, fusegrad.functional as F; F.rms_norm(torch.ones(2048, 1024), (1024,))"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "ValueError: fusegrad: FUSEGRAD_CPU_POOL_MB must be a number of megabytes, got lots" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_beside_busy_threads():
+    """Parent and child can both go on taking memory: the pool is locked while the process is copied, and not after it."""
+    code = """
+import os, threading, torch, fusegrad.functional as F
+torch.set_num_threads(1)
+x, stop = torch.ones(1024, 1024), threading.Event()
+F.rms_norm(x, (1024,))  # what is made once is made
+def work():
+    while not stop.is_set():
+        F.rms_norm(x, (1024,))
+threads = [threading.Thread(target=work) for _ in range(3)]
+[t.start() for t in threads]
+for _ in range(30):
+    if (child := os.fork()) == 0:
+        F.rms_norm(x, (1024,))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    F.rms_norm(x, (1024,))
+stop.set()
+[t.join() for t in threads]
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "done", done.stderr

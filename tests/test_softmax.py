@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import fusegrad.functional as fused
-from table import BF16, DEVICE, F16, F32, F64
+import table
+from fusegrad._op import OPS, Sample
+from table import BF16, DEVICE, F16, F32, F64, Make, check, cotangents, run
 
 
 def drawn(*shape, dtype=F32, grad=True):
@@ -51,6 +53,18 @@ def test_nan_is_kept_where_it_is_seen():
         (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
         assert dx[0, 1:].isnan().all() and dx[1:].isfinite().all() and dx[2, 3] == 0
     assert fused.softmax(x, 1)[0].isnan().all() and fused.softmax(torch.full((3,), -torch.inf), 0).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16))
+@pytest.mark.parametrize("cols", (32_767, 32_768, 40_001))
+def test_rows_of_which_nothing_is_kept(cols, dtype):
+    """Beyond 32768 columns the exponentials are taken twice instead of stored in between."""
+    mask = torch.zeros(2, cols, dtype=torch.bool, device=DEVICE)
+    mask[0, 5:77] = True
+    for name, options in (("softmax", dict(dim=-1)), ("log_softmax", dict(dim=-1)), ("scaled_masked_softmax", dict(mask=mask, scale=0.3))):
+        sample = Sample(name, dict(input=Make(dtype, device=DEVICE)(2, cols)) | options)
+        cotangent = cotangents(table.call(OPS[name], sample))
+        check(OPS[name], sample, run(OPS[name], sample, cotangent), cotangent)
 
 
 @pytest.mark.parametrize("queries, keys", ((5, 5), (3, 9), (9, 3), (1, 4), (4, 1)))

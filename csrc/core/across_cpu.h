@@ -2,8 +2,8 @@
 // the channels as columns: SIMD lanes are rows then, and a tile of neighbouring rows is walked column by column. Nothing is
 // gathered and results keep the layout. Rows that lie along memory go to rows_cpu.h.
 //
-// What an op may not use here: skip(), mixed inputs, In::is(), In::before(), In::stored(), and fields of Row that are not of type
-// S.
+// What an op may not use here: skip(), mixed inputs, In::is(), In::before(), In::stored(), fields of Row that are not of type S,
+// and sets of parameters.
 #pragma once
 
 #include "rows_cpu.h"
@@ -163,6 +163,13 @@ class AcrossCpu {
   // Sums of sums of sums, so that a long row loses no more digits than one that is walked along.
   template <class V, class H>
   void sweep(Tile& t) const {
+    bool needed = false;
+    for (int64_t i = 0; i < t.n && !needed; ++i) {
+      Row<S> row;
+      take(t.rows.data, i, row);
+      needed = args.op.template needs<H>(row);
+    }
+    if (!needed) return;
     const int64_t count = 2 * ((t.n + kChunk - 1) / kChunk);
     const Scratch<V> sums(3 * count);
     const auto move_up = [&](int from) {
@@ -188,6 +195,7 @@ class AcrossCpu {
       Row<S> row;
       H sum;
       take(t.rows.data, i, row);
+      if (!args.op.template needs<H>(row)) continue;
       take(&sums[2 * count], i, sum);
       args.op.finish(row, sum, At<Op, T, P>{args, t.first + i});
       put(t.rows.data, i, row);
@@ -223,6 +231,8 @@ class AcrossCpu {
     for (int64_t l = 0; l < t.n; l += kChunk) {
       const int64_t n = t.n - l;
       load_in(in, t, l, c);
+      keep_again<A>(args.op, t.rows[l / W], in[0]);
+      keep_again<A>(args.op, t.rows[l / W + 1], in[1]);
       Out<Op, A> out[2];
       args.op.template map<T>(t.rows[l / W], in[0], out[0]);
       args.op.template map<T>(t.rows[l / W + 1], in[1], out[1]);

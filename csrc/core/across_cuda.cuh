@@ -143,12 +143,18 @@ class AcrossCuda {
     constexpr int kFields = sizeof(Sum) / sizeof(S);
     FUSEGRAD_SHARED(S, parts, kMaxThreads * V * kFields);
     Sum sum[V];
-    if (live) {
+    bool wanted = false;
+#pragma unroll
+    for (int e = 0; e < V; ++e) wanted |= live && a.op.template needs<Sum>(row[e]);
+    if (wanted) {
 #pragma unroll 2
       for (int64_t c = y; c < a.extent.cols; c += s.depth) {
         const Column here = column(c);
 #pragma unroll
-        for (int e = 0; e < V; ++e) a.op.add(sum[e], row[e], here.at(e));
+        for (int e = 0; e < V; ++e) {
+          In<Op, S> of_row = here.at(e);
+          a.op.add(sum[e], row[e], of_row);
+        }
       }
     }
 #pragma unroll
@@ -166,7 +172,7 @@ class AcrossCuda {
         for (int f = 0; f < kFields; ++f) reinterpret_cast<S*>(&part)[f] = parts[(e * kFields + f) * kMaxThreads + d * s.side + x];
         total.merge(part);
       }
-      if (live) a.op.finish(row[e], total, here(r + e));
+      if (live && a.op.template needs<Sum>(row[e])) a.op.finish(row[e], total, here(r + e));
     }
     __syncthreads();
   }
@@ -178,8 +184,10 @@ class AcrossCuda {
       T made[kOut][V];
 #pragma unroll
       for (int e = 0; e < V; ++e) {
+        In<Op, S> of_row = here.at(e);
+        keep_again<S>(a.op, row[e], of_row);
         Out<Op, S> result;
-        a.op.template map<T>(row[e], here.at(e), result);
+        a.op.template map<T>(row[e], of_row, result);
 #pragma unroll
         for (int i = 0; i < Op::out; ++i) made[i][e] = T(result.y[i]);
 #pragma unroll

@@ -9,7 +9,10 @@
 //
 //   begin(row, at)          before the first sweep: fetch per-row values                               (optional)
 //   skip(row)               true: leave the row unread, its outputs are 0                              (optional)
-//   add(sum, row, in)       one column (A is a scalar) or one vector of columns into the sum
+//   add(sum, row, in)       one column (A is a scalar) or one vector of columns into the sum; in the last sweep of an op with
+//   `kept`
+//                           also in.k[i], what map() needs of it: stored on the way, or, where that costs more, made again
+//   needs<Sum>(row)         false: leave that sweep out                                            (optional)
 //   finish(row, sum, at)    after a sweep: turn the sum into row values, store per-row outputs
 //   map<T>(row, in, out)    out.y[i]: the outputs of a column;  out.col[i]: its contribution to a sum over all rows
 //
@@ -28,6 +31,14 @@ constexpr int kMaxDims = 8;  // of the rows, after dimensions that can be walked
 
 template <class...>
 struct List {};
+template <class>
+struct Last;
+template <class First, class... Rest>
+struct Last<List<First, Rest...>> : Last<List<Rest...>> {};
+template <class X>
+struct Last<List<X>> {
+  using type = X;
+};
 
 constexpr int at_least_one(int n) { return n > 0 ? n : 1; }  // an array of 0 is not C++
 
@@ -42,6 +53,7 @@ struct MapOp {
   static constexpr int index = 0;      // int64 per row
   static constexpr int scalar_in = 0;  // T or S per row
   static constexpr int scalar_out = 0;
+  static constexpr int kept = 0;           // row ops: values of a column k[i] that the last sweep leaves for map(), of type A
   static constexpr double absent = 1;      // what a parameter or a mixed input that is not given stands for
   static constexpr bool numbered = false;  // map ops without sums only
   static constexpr int packs = 4;          // row ops: of an input, held by a CUDA thread at most; fewer where registers would spill
@@ -56,6 +68,10 @@ struct RowOp : MapOp {
   FUSEGRAD_FN bool skip(const R&) const {
     return false;
   }
+  template <class Sum, class R>
+  FUSEGRAD_FN bool needs(const R&) const {
+    return true;
+  }
 };
 
 // What a formula reads of one column, or of as many neighbouring ones as A has lanes.
@@ -64,9 +80,11 @@ struct In {
   A x[at_least_one(Op::in)];
   A p[at_least_one(Op::params)];
   A m[at_least_one(Op::mixed)];
+  A k[at_least_one(Op::kept)];
   int64_t col;            // number of the first one
   int64_t number, apart;  // numbered map ops: of the first element, in the tensor as its owner indexes it; from one to the next
 
+  __attribute__((always_inline)) In() = default;  // or it would be a symbol that the variants share
   FUSEGRAD_FN auto is(int64_t c) const { return lane<A>(c - col); }
   FUSEGRAD_FN auto before(int64_t c) const { return Lanes<A>::first(c - col); }
 };
@@ -81,6 +99,17 @@ struct Out {
   A col[at_least_one(Op::col_out)];
   A sum[at_least_one(Op::sums)];
 };
+
+// The sweep that leaves k[i] for map(), and those of a column again where they were not stored.
+template <class Op, class A>
+using Keeper = typename Last<typename Op::template Sweeps<A>>::type;
+template <class A, class Op, class R, class Column>
+FUSEGRAD_FN void keep_again([[maybe_unused]] const Op& op, [[maybe_unused]] const R& row, [[maybe_unused]] Column& in) {
+  if constexpr (Op::kept > 0) {
+    Keeper<Op, A> unused;
+    op.add(unused, row, in);
+  }
+}
 
 // A tensor seen as rows: element (r, c) is at data + offset(r) + c * col.
 struct View {
@@ -120,9 +149,12 @@ struct RowArgs {
   View scalar_out[at_least_one(Op::scalar_out)];
   const void* param[at_least_one(Op::params)] = {};
   void* col_out[at_least_one(Op::col_out)] = {};
-  void* partial = nullptr;  // [col_out, slices, cols] of Acc<T>: each slice of rows sums its own columns
+  int64_t sets = 1;         // of parameters and of sums over the rows, [sets, cols]: those of row r are number r % sets. Where rows
+                            // are walked along only
+  void* partial = nullptr;  // [col_out, slices, sets, cols] of Acc<T>: each slice of rows sums its own columns
   int64_t slices = 0;
 
+  FUSEGRAD_FN int64_t set(int64_t r) const { return sets == 1 ? 0 : r % sets; }
   bool sums_columns() const {
     for (int i = 0; i < Op::col_out; ++i)
       if (col_out[i]) return true;
@@ -166,7 +198,9 @@ struct At {
     const View& v = args.in[i];
     return S(static_cast<const T*>(v.data)[args.extent.offset(v, r) + c * v.col]);
   }
-  FUSEGRAD_FN S p(int i, int64_t c) const { return args.param[i] ? S(static_cast<const P*>(args.param[i])[c]) : S(Op::absent); }
+  FUSEGRAD_FN S p(int i, int64_t c) const {
+    return args.param[i] ? S(static_cast<const P*>(args.param[i])[args.set(r) * args.extent.cols + c]) : S(Op::absent);
+  }
   FUSEGRAD_FN int64_t index(int i) const {
     const View& v = args.index[i];
     return static_cast<const int64_t*>(v.data)[args.extent.offset(v, r)];

@@ -81,6 +81,7 @@ class RowsCuda {
   int turn = 0;
   const T* x[kIn];
   int64_t row_of_mixed[kMixed];
+  int64_t first_param = 0;  // of the row's set
   Bits<T, V> kept[kIn][K];
   S sums[kCols][K][V];
 
@@ -101,10 +102,12 @@ class RowsCuda {
     if constexpr (Op::col_out > 0) clear_columns();
     const int teams = blockDim.x / team;
     const int pieces = kByTiles && row_tiles > 1 ? row_tiles : 1;
-    const int64_t count = a.extent.rows * pieces;
-    for (int64_t first = int64_t(blockIdx.x) * teams; first < count; first += int64_t(gridDim.x) * teams) {
+    // The rows that a block adds up are of one set.
+    const int64_t sets = Op::col_out > 0 && a.sums_columns() ? a.sets : 1, set = blockIdx.x % sets;
+    const int64_t count = a.extent.rows / sets * pieces, step = gridDim.x / sets * teams;
+    for (int64_t first = blockIdx.x / sets * teams; first < count; first += step) {
       const int64_t i = first + threadIdx.x / team, r = pieces > 1 ? i / pieces : i;
-      row(r, i < count, int(i - r * pieces), pieces > 1);
+      row(r * sets + set, i < count, int(i - r * pieces), pieces > 1);
     }
     if constexpr (Op::col_out > 0) write_columns();
   }
@@ -116,6 +119,7 @@ class RowsCuda {
     tile0 = by_tiles ? piece : 0, tiles = by_tiles ? 1 : row_tiles, held = -1, forward = true;
     bool skip = false;
     if (live) {
+      if constexpr (Op::params > 0) first_param = a.set(r) * a.extent.cols;
 #pragma unroll
       for (int i = 0; i < Op::in; ++i) x[i] = static_cast<const T*>(a.in[i].data) + a.extent.offset(a.in[i], r);
 #pragma unroll
@@ -163,7 +167,7 @@ class RowsCuda {
     for (int i = 0; i < Op::in; ++i) memcpy(c.x[i], &kept[i][k], sizeof(c.x[i]));
 #pragma unroll
     for (int i = 0; i < Op::params; ++i)
-      if (a.param[i]) load<V>(static_cast<const P*>(a.param[i]) + at * V + k * team * V, c.p[i]);
+      if (a.param[i]) load<V>(static_cast<const P*>(a.param[i]) + first_param + at * V + k * team * V, c.p[i]);
 #pragma unroll
     for (int i = 0; i < Op::mixed; ++i)  // read each time: in registers they would be as large as the accumulate type
       load_mixed<V>(a.mixed[i], row_of_mixed[i], (at + k * team) * (packed ? V : a.mixed[i].col), Op::absent, c.m[i]);
@@ -188,7 +192,8 @@ class RowsCuda {
   template <class Sum>
   __device__ __forceinline__ void sweep(Row& row, const Here& here, bool live) {
     Sum sum;
-    for (int i = 0; i < tiles; ++i) {
+    const bool wanted = live && a.op.template needs<Sum>(row);
+    for (int i = 0; wanted && i < tiles; ++i) {
       next(i);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -196,12 +201,15 @@ class RowsCuda {
         Columns c;
         columns(c, k);
 #pragma unroll
-        for (int e = 0; e < V; ++e) a.op.add(sum, row, column(c, k, e));
+        for (int e = 0; e < V; ++e) {
+          InRows<Op, S, T> in = column(c, k, e);
+          a.op.add(sum, row, in);
+        }
       }
     }
-    forward = !forward;
-    sum = of_team(sum);
-    if (live) a.op.finish(row, sum, here);
+    if (wanted) forward = !forward;
+    sum = of_team(sum);  // which the other rows of a warp may have to take
+    if (wanted) a.op.finish(row, sum, here);
   }
 
   // A sum holds nothing but fields of type S.
@@ -263,8 +271,10 @@ class RowsCuda {
     S of_column[kCols][V];
 #pragma unroll
     for (int e = 0; e < V; ++e) {
+      InRows<Op, S, T> in = column(c, k, e);
+      keep_again<S>(a.op, row, in);
       Out<Op, S> out;
-      a.op.template map<T>(row, column(c, k, e), out);
+      a.op.template map<T>(row, in, out);
 #pragma unroll
       for (int i = 0; i < Op::out; ++i) made[i][e] = T(out.y[i]);
 #pragma unroll
@@ -300,7 +310,7 @@ class RowsCuda {
   }
 
   __device__ __forceinline__ S* partial(int i) const {
-    return static_cast<S*>(a.partial) + (i * a.slices + blockIdx.x) * a.extent.cols;
+    return static_cast<S*>(a.partial) + (i * a.slices * a.sets + blockIdx.x) * a.extent.cols;
   }
 
   // Columns that do not fit into registers are summed in memory, each by the thread that has them in every row.
@@ -391,7 +401,8 @@ void add_slices(const RowArgs<Op>& args, void* stream) {
   if constexpr (Op::col_out > 0) {
     if (!args.sums_columns() || args.extent.cols == 0) return;
     using Add = AddSlices<Op, S, P>;
-    typename Add::Args add{static_cast<const S*>(args.partial), {}, args.slices, args.extent.cols, (args.extent.cols + 31) / 32};
+    const int64_t cols = args.sets * args.extent.cols;
+    typename Add::Args add{static_cast<const S*>(args.partial), {}, args.slices, cols, (cols + 31) / 32};
     for (int i = 0; i < Op::col_out; ++i) add.y[i] = args.col_out[i];
     fusegrad::launch<Add>(Op::col_out * add.groups, Add::threads(args.slices), stream, add);
   }
@@ -415,12 +426,13 @@ class RowsOnCuda {
       const Split split = Program::split_of(args);
       const bool sums = args.sums_columns();
       const int64_t blocks = std::min<int64_t>(Program::groups(args, split), int64_t(kBlocksPerSM) * multiprocessors());
-      if (args.extent.rows > 0) fusegrad::launch<Program>(sums ? args.slices : blocks, split.threads, stream, {args, split});
+      if (args.extent.rows > 0)
+        fusegrad::launch<Program>(sums ? args.slices * args.sets : blocks, split.threads, stream, {args, split});
       add_slices<Op, Acc<decltype(t)>, decltype(p)>(args, stream);
     });
   }
 
-  // A block each: as many as are sure to be resident at once.
+  // A block each: as many as are sure to be resident at once; of several sets one for each at least.
   static int64_t slices(const RowArgs<Op>& args) {
     int64_t n = 0;
     with_program(args, [&](auto* program, auto, auto) {
@@ -428,7 +440,7 @@ class RowsOnCuda {
       const Split split = Program::split_of(args);
       n = std::min<int64_t>(Program::groups(args, split), int64_t(kMaxTeam / split.threads) * multiprocessors());
     });
-    return n;
+    return args.sets == 1 ? n : (n + args.sets - 1) / args.sets;
   }
 };
 

@@ -100,10 +100,31 @@ FUSEGRAD_FN void load(const T* p, A (&v)[2]) {
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The first n lanes. With loops over the ends of rows, rms_norm of 65536 x 65 took 2.6 times as long as one of 65536 x 64.
+FUSEGRAD_FN __mmask32 first_lanes(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
+template <class T, class A>
+constexpr bool kMasked = sizeof(Scalar<A>) == 4 && (sizeof(T) == 2 || std::is_same_v<T, float>);
+#endif
+
 // Lanes from n on are 0, and not read.
 template <class T, class A>
 FUSEGRAD_FN void load(const T* p, A (&v)[2], int64_t n) {
   if (n >= kStep<A>) return load(p, v);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (kMasked<T, A>) {
+    const __mmask32 mask = first_lanes(n);
+    if constexpr (sizeof(T) == 4) {
+      v[0] = _mm512_maskz_loadu_ps(__mmask16(mask), p);
+      v[1] = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), p + 16);
+    } else {
+      alignas(64) T buffer[32];
+      _mm512_store_si512(buffer, _mm512_maskz_loadu_epi16(mask, p));
+      load(static_cast<const T*>(buffer), v);
+    }
+    return;
+  }
+#endif
   T buffer[kStep<A>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
   load(static_cast<const T*>(buffer), v);
@@ -199,14 +220,15 @@ inline void end_of_stores_past() {
   _mm_sfence();
 #endif
 }
-// Whether a call that moves so many bytes should store past the caches: its first results would be gone from them by its end.
+// Whether a call that moves so many bytes should store past the caches: its first results would be gone from them by its end. At
+// the limit of 32 MB it takes 0.82 of the time, at half of it 0.94, where whoever reads the results would lose more.
 inline bool beyond_caches(int64_t bytes) {
 #if defined(__linux__)
   static const int64_t last_level = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
 #else
   static const int64_t last_level = 32 << 20;
 #endif
-  return bytes > last_level;
+  return bytes >= last_level;
 }
 template <int n, class T>
 FUSEGRAD_FN bool on_lines(T* const* y) {
@@ -231,7 +253,20 @@ FUSEGRAD_FN void store(T* p, const A (&v)[2]) {
 template <class T, class A>
 FUSEGRAD_FN void store(T* p, const A (&v)[2], int64_t n) {
   if (n >= kStep<A>) return store(p, v);
-  T buffer[kStep<A>];
+  alignas(64) T buffer[kStep<A>];
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (kMasked<T, A>) {
+    const __mmask32 mask = first_lanes(n);
+    if constexpr (sizeof(T) == 4) {
+      _mm512_mask_storeu_ps(p, __mmask16(mask), v[0]);
+      _mm512_mask_storeu_ps(p + 16, __mmask16(mask >> 16), v[1]);
+    } else {
+      store(static_cast<T*>(buffer), v);
+      _mm512_mask_storeu_epi16(p, mask, _mm512_load_si512(buffer));
+    }
+    return;
+  }
+#endif
   store(static_cast<T*>(buffer), v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }

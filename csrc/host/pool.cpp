@@ -10,6 +10,7 @@
 #include <mutex>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -34,7 +35,14 @@ class Pool final : public c10::Allocator {
  public:
   // Never destroyed: tensors may outlive every static object.
   static Pool& instance() {
-    static Pool* const pool = new Pool;
+    static Pool* const pool = [] {
+      Pool* const made = new Pool;
+#if defined(__linux__)
+      // A fork while another thread holds the mutex (a DataLoader's, say) would leave it locked in the child for good.
+      pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); }, [] { instance().mutex_.unlock(); });
+#endif
+      return made;
+    }();
     return *pool;
   }
 

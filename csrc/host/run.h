@@ -78,7 +78,7 @@ void run(Frame& frame, RowArgs<Op>& args) {
   Tensor workspace;
   if (args.sums_columns()) {
     args.slices = kernel.slices(args);
-    workspace = at::empty({Op::col_out * args.slices * frame.cols()}, frame.main().options().dtype(frame.wide()));
+    workspace = at::empty({Op::col_out * args.slices * args.sets * frame.cols()}, frame.main().options().dtype(frame.wide()));
     args.partial = workspace.mutable_data_ptr();
   }
   launch(frame, kernel, args);

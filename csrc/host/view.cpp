@@ -155,11 +155,12 @@ void Frame::labels(View& view, const Tensor& tensor, const char* name) {
   entries_.push_back({&view, tensor, at::DimVector(tensor.strides())});
 }
 
-const void* Frame::params(const OptTensor& tensor, const char* name) {
+const void* Frame::params(const OptTensor& tensor, const char* name, int sets) {
   if (!given(tensor)) return nullptr;
   check(*tensor, name);
-  TORCH_CHECK(tensor->sizes() == main_.sizes().slice(first_, last_ - first_), op_, ": ", name, " must have shape ",
-              main_.sizes().slice(first_, last_ - first_), " (input is ", main_.sizes(), "), got ", tensor->sizes());
+  const auto sizes = main_.sizes().slice(first_ - sets, last_ - first_ + sets);
+  TORCH_CHECK(tensor->sizes() == sizes, op_, ": ", name, " must have shape ", sizes, " (input is ", main_.sizes(), "), got ",
+              tensor->sizes());
   param_type_ = dtype(op_, *tensor, name);
   TORCH_CHECK_TYPE(kept_.empty() || kept_.back().scalar_type() == tensor->scalar_type(), op_, ": ", name, " must be ",
                    kept_.back().scalar_type(), " as the parameters before it, got ", tensor->scalar_type());

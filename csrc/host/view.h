@@ -36,8 +36,9 @@ class Frame {
   // One value per row, or a single one for all rows: of the main tensor's type, or of its accumulate type.
   void per_row(View& view, const Tensor& tensor, const char* name);
   void labels(View& view, const Tensor& tensor, const char* name);
-  // One value per column, of the main tensor's type, or float with 16-bit rows. Null if not given.
-  const void* params(const OptTensor& tensor, const char* name);
+  // One value per column, of the main tensor's type, or float with 16-bit rows; the last so many of the rows' dimensions, just
+  // before the columns, number sets of them. Null if not given.
+  const void* params(const OptTensor& tensor, const char* name, int sets = 0);
 
   Tensor empty_rows() const;     // the main tensor's shape, the columns of a row next to each other
   Tensor empty_per_row() const;  // the shape of the rows, of the accumulate type

@@ -246,7 +246,7 @@ struct ChannelNormBwd : RowOp {
   }
 };
 
-// A row is a group, a column one of its elements, with w and b of its channel.
+// A row is a group, a column one of its elements, with w and b of its channel: those of each group are a set.
 struct GroupNormFwd : Moments {
   static constexpr int in = 1, params = 2, out = 1, scalar_out = 3;
   enum { kX, kW = 0, kB, kY = 0, kMean = 0, kVar, kLost };
@@ -275,7 +275,7 @@ struct GroupNormFwd : Moments {
 };
 
 struct GroupNormBwd : RowOp {
-  static constexpr int in = 2, params = 2, out = 1, col_out = 2, wide_cols = 2, scalar_in = 3, packs = 1;
+  static constexpr int in = 2, params = 2, out = 1, col_out = 2, wide_cols = 2, scalar_in = 3, kept = 1, packs = 1;
   enum { kX, kDy, kW = 0, kB, kDx = 0, kDw = 0, kDb, kMean = 0, kVar, kLost };
   ChannelRow channel;
   bool shift;  // there is a b
@@ -288,10 +288,6 @@ struct GroupNormBwd : RowOp {
   template <class A>
   using Sweeps = List<ChannelSums::Dots<A>>;
 
-  template <class A>
-  FUSEGRAD_FN A dz(A h, const In<GroupNormBwd, A>& in) const {
-    return channel.dz(h, in.p[kW], shift ? in.p[kB] : A(0), A(0), in.x[kDy]);
-  }
   template <class S, class At>
   FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
     row.mean = at.scalar(kMean);
@@ -299,8 +295,10 @@ struct GroupNormBwd : RowOp {
     row.rstd = at.args.extent.cols == 1 ? S(0) : rsqrt(at.scalar(kVar) + S(channel.eps));
   }
   template <class A, class R>
-  FUSEGRAD_FN void add(ChannelSums::Dots<A>& sum, const R& row, const In<GroupNormBwd, A>& in) const {
-    const A h = channel.h(row, in.x[kX]), wdz = dz(h, in) * in.p[kW];
+  FUSEGRAD_FN void add(ChannelSums::Dots<A>& sum, const R& row, In<GroupNormBwd, A>& in) const {
+    const A h = channel.h(row, in.x[kX]);
+    in.k[0] = channel.dz(h, in.p[kW], shift ? in.p[kB] : A(0), A(0), in.x[kDy]);
+    const A wdz = in.k[0] * in.p[kW];
     sum.dz = sum.dz + wdz;
     sum.dzh = fma(wdz, h, sum.dzh);
   }
@@ -311,7 +309,7 @@ struct GroupNormBwd : RowOp {
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<GroupNormBwd, A>& in, Out<GroupNormBwd, A>& out) const {
-    const A h = channel.h(row, in.x[kX]), of_z = dz(h, in);
+    const A h = channel.h(row, in.x[kX]), of_z = in.k[0];
     out.y[kDx] = channel.dx(row, h, of_z * in.p[kW]);
     out.col[kDw] = of_z * h;
     out.col[kDb] = of_z;

@@ -136,17 +136,15 @@ class Head {
     TORCH_CHECK(w.dim() == 2 && w.size(1) == x.size(1), kOp, ": linear_weight must have shape [C, ", x.size(1), "] (input is ",
                 x.sizes(), "), got ", w.sizes());
     wide_ = frame.wide();
-    const Tensor t = target.contiguous();
-    ignores_ = !x.is_cpu() || std::count(t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + t.numel(), ignore_index);
     factor_ = (x.is_cpu() ? multiplies_bfloat16(x, w) : w.scalar_type() == x.scalar_type()) ? x.scalar_type() : wide_;
     chunk_ = tokens_per_chunk(tokens(), classes(), x.size(1), wish, x.element_size() == 8 ? 8 : 4);
     const Tensor like = at::empty({0}, x.options().dtype(wide_));
     logits_ = pool::empty({chunk_, classes()}, like);
-    x_chunk_ = at::empty({chunk_, x.size(1)}, x.options().dtype(factor_));
     if (given(b)) b_ = b->to(wide_);
     if (w.scalar_type() != factor_ || !w.is_contiguous()) {
-      const int64_t row = std::max<int64_t>(1, x.size(1) * x_chunk_.element_size());
-      part_ = at::empty({std::clamp<int64_t>(kPart / row, 1, std::max<int64_t>(1, classes())), x.size(1)}, x_chunk_.options());
+      const int64_t row = std::max<int64_t>(1, x.size(1) * c10::elementSize(factor_));
+      part_ =
+          at::empty({std::clamp<int64_t>(kPart / row, 1, std::max<int64_t>(1, classes())), x.size(1)}, x.options().dtype(factor_));
     }
   }
 
@@ -159,12 +157,18 @@ class Head {
   // The logits of the tokens from `first` on, to be overwritten by their gradient.
   Tensor logits(int64_t first) {
     n_ = std::min(chunk_, tokens() - first);
-    Tensor x = x_chunk_.narrow(0, 0, n_), z = logits_.narrow(0, 0, n_);
-    x.copy_(x_.narrow(0, first, n_));
-    // What an ignored token holds must not reach dw, not even times 0.
-    if (ignores_) x.masked_fill_(target_.narrow(0, first, n_).eq(ignore_index_).unsqueeze(1), 0);
+    x_chunk_ = x_.narrow(0, first, n_);
+    // What an ignored token holds must not reach dw, not even times 0. On CUDA to look for one would be to wait.
+    const Tensor ignored = target_.narrow(0, first, n_).eq(ignore_index_);
+    const bool ignores = !x_.is_cpu() || ignored.any().item<bool>();
+    if (ignores || x_.scalar_type() != factor_ || !x_chunk_.is_contiguous()) {
+      if (!x_copy_.defined()) x_copy_ = pool::empty({chunk_, x_.size(1)}, at::empty({0}, x_.options().dtype(factor_)));
+      x_chunk_ = x_copy_.narrow(0, 0, n_).copy_(x_chunk_);
+      if (ignores) x_chunk_.masked_fill_(ignored.unsqueeze(1), 0);
+    }
+    Tensor z = logits_.narrow(0, 0, n_);
     if (b_.defined()) z.copy_(b_.expand_as(z));
-    for_parts([&](int64_t c, const Tensor& w) { multiply(z.narrow(1, c, w.size(0)), x, w.t(), b_.defined()); });
+    for_parts([&](int64_t c, const Tensor& w) { multiply(z.narrow(1, c, w.size(0)), x_chunk_, w.t(), b_.defined()); });
     return z;
   }
 
@@ -174,13 +178,13 @@ class Head {
     if (dx.defined()) {
       to = sum = dx.narrow(0, first, n_);
       if (dx.scalar_type() != wide_) {
-        if (!dx_chunk_.defined()) dx_chunk_ = at::empty({chunk_, dx.size(1)}, wide());
+        if (!dx_chunk_.defined()) dx_chunk_ = gradient(dx.narrow(0, 0, chunk_));
         sum = dx_chunk_.narrow(0, 0, n_);
       }
     }
     const auto multiply_by = [&](bool rest) {
       if (dx.defined()) for_parts([&](int64_t c, const Tensor& w) { multiply(sum, dz.narrow(1, c, w.size(0)), w, rest || c > 0); });
-      if (dw.defined()) multiply(dw, dz.t(), x_chunk_.narrow(0, 0, n_), rest || first > 0);
+      if (dw.defined()) multiply(dw, dz.t(), x_chunk_, rest || first > 0);
     };
     if (db.defined()) db.add_(at::sum(wide_dz, 0));
     if (dx.defined() && classes() == 0) sum.zero_();
@@ -197,8 +201,7 @@ class Head {
   const int64_t ignore_index_;
   at::ScalarType wide_, factor_;
   int64_t chunk_, n_ = 0;
-  bool ignores_;  // some token, perhaps: on CUDA to look would be to wait
-  Tensor logits_, x_chunk_, dx_chunk_, part_, b_;
+  Tensor logits_, x_chunk_, x_copy_, dx_chunk_, part_, b_;
 
   void check(const Tensor& t, const char* name) const {
     TORCH_CHECK(t.layout() == at::kStrided && t.device() == x_.device(), kOp, ": ", name, " must be a dense tensor on ",
@@ -220,8 +223,8 @@ class Head {
 
 // grad times the factor, or that of each row, as it was asked for: rounded once, in pieces where it must be.
 Tensor scaled(const Tensor& grad, const Tensor& factor, at::ScalarType type) {
-  if (grad.scalar_type() == type) return at::mul(grad, factor);
-  Tensor result = at::empty(grad.sizes(), grad.options().dtype(type));
+  Tensor result = pool::empty(grad.sizes(), at::empty({0}, grad.options().dtype(type)));
+  if (grad.scalar_type() == type) return at::mul_out(result, grad, factor);
   const int64_t piece = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, grad.stride(0)));  // rows
   for (int64_t i = 0; i < grad.size(0); i += piece) {
     const int64_t n = std::min(piece, grad.size(0) - i);

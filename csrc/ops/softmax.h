@@ -19,7 +19,7 @@ enum class SoftmaxKind : int8_t { plain, log, masked };
 enum class Mask : int8_t { none, boolean /* true: masked out */, additive };
 
 struct SoftmaxFwd : RowOp {
-  static constexpr int in = 1, mixed = 1, out = 1, scalar_out = 2;
+  static constexpr int in = 1, mixed = 1, out = 1, scalar_out = 2, kept = 1;
   static constexpr double absent = 0;
   enum { kX, kMask = 0, kY = 0, kTop = 0, kLogSum };
   SoftmaxKind kind;
@@ -73,8 +73,10 @@ struct SoftmaxFwd : RowOp {
     at.put(kTop, row.top);
   }
   template <class A, class R>
-  FUSEGRAD_FN void add(Mass<A>& sum, const R& row, const In<SoftmaxFwd, A>& in) const {
-    sum.e = sum.e + exp(z(row, in) - A(row.top));
+  FUSEGRAD_FN void add(Mass<A>& sum, const R& row, In<SoftmaxFwd, A>& in) const {
+    const A below = z(row, in) - A(row.top), e = exp(below);
+    in.k[0] = kind == SoftmaxKind::log ? below : e;
+    sum.e = sum.e + e;
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Mass<S>& sum, const At& at) const {
@@ -85,12 +87,11 @@ struct SoftmaxFwd : RowOp {
   }
   template <class T, class A, class R>
   FUSEGRAD_FN void map(const R& row, const In<SoftmaxFwd, A>& in, Out<SoftmaxFwd, A>& out) const {
-    const A z = this->z(row, in), below = z - A(row.top);
     if (kind == SoftmaxKind::log)
-      out.y[kY] = below - A(row.log_sum);
+      out.y[kY] = in.k[0] - A(row.log_sum);
     else
-      out.y[kY] = exp(below) * A(row.inverse);
-    if (kind == SoftmaxKind::masked) out.y[kY] = select(z == lowest<A>(), A(0), out.y[kY]);
+      out.y[kY] = in.k[0] * A(row.inverse);
+    if (kind == SoftmaxKind::masked) out.y[kY] = select(z(row, in) == lowest<A>(), A(0), out.y[kY]);
   }
 };
 

@@ -3,7 +3,9 @@
 #include "../../csrc/ops/bias_act.h"
 #include "../../csrc/ops/cross_entropy.h"
 #include "../../csrc/ops/dropout.h"
+#include "../../csrc/ops/l2_norm.h"
 #include "../../csrc/ops/rms_norm.h"
+#include "../../csrc/ops/softmax.h"
 #include "../../csrc/ops/vocab_parallel_cross_entropy.h"
 
 FUSEGRAD_ROWS(RMSNormFwd)
@@ -13,6 +15,9 @@ FUSEGRAD_ROWS(BiasDropoutAddBwd)
 FUSEGRAD_ROWS(CrossEntropyFwd)
 FUSEGRAD_ROWS(CrossEntropyBwd)
 FUSEGRAD_ROWS(LossTotal)
+FUSEGRAD_ROWS(SoftmaxFwd)
+FUSEGRAD_ROWS(NormFwd)
+FUSEGRAD_ROWS(NormalizeFwd)
 FUSEGRAD_ROWS(VocabParallelCrossEntropyFwd)
 FUSEGRAD_ROWS(VocabParallelCrossEntropyBwd)
 #ifndef FUSEGRAD_SANITIZE

@@ -23,9 +23,12 @@ template <class Sum, class Op, class Row, class In, class At>
 void sweep(const Op& op, Row& row, const In& in, const At& at) {
   constexpr int parts = 64;
   Sum sum[parts];
-  for (int64_t c = 0; c < at.args.extent.cols; ++c) op.add(sum[c % parts], row, in(c));
+  for (int64_t c = 0; c < at.args.extent.cols; ++c) {
+    auto column = in(c);
+    op.add(sum[c % parts], row, column);
+  }
   for (int i = 1; i < parts; ++i) sum[0].merge(sum[i]);
-  op.finish(row, sum[0], at);
+  if (op.template needs<Sum>(row)) op.finish(row, sum[0], at);
 }
 template <class... Sum, class... Rest>
 void sweeps(List<Sum...>, Rest&&... rest) {
@@ -39,7 +42,7 @@ void reference(const RowArgs<Op>& args) {
   const Extent& e = args.extent;
   const auto column_sum = [&](int i) { return static_cast<double*>(args.col_out[i]); };
   for (int i = 0; i < Op::col_out; ++i)
-    if (column_sum(i)) std::fill_n(column_sum(i), e.cols, 0.0);
+    if (column_sum(i)) std::fill_n(column_sum(i), args.sets * e.cols, 0.0);
   for (int64_t r = 0; r < e.rows; ++r) {
     const At<Op, double, double> at{args, r};
     const auto in = [&](int64_t c) {
@@ -56,11 +59,12 @@ void reference(const RowArgs<Op>& args) {
     if constexpr (Op::out + Op::col_out > 0)
       for (int64_t c = 0; c < e.cols; ++c) {
         Out<Op, double> out{};
-        if (!skip) op.template map<T>(row, in(c), out);
+        auto column = in(c);
+        if (!skip) keep_again<double>(op, row, column), op.template map<T>(row, column, out);
         for (int i = 0; i < Op::out; ++i)
           if (args.out[i].data) element(args.out[i], e, r, c) = out.y[i];
         for (int i = 0; i < Op::col_out; ++i)
-          if (column_sum(i)) column_sum(i)[c] += out.col[i];
+          if (column_sum(i)) column_sum(i)[args.set(r) * e.cols + c] += out.col[i];
       }
   }
 }
@@ -104,17 +108,17 @@ constexpr int64_t kRowsApart = (int64_t(1) << 31) - 20;
 template <class Op>
 struct Operands {
   Op op;
-  int64_t rows, cols;
+  int64_t rows, cols, sets;  // the last: of parameters and of sums over the rows
   Values in[at_least_one(Op::in)], param[at_least_one(Op::params)], scalar_in[at_least_one(Op::scalar_in)];
   Values out[at_least_one(Op::out)], col_out[at_least_one(Op::col_out)], scalar_out[at_least_one(Op::scalar_out)];
   std::vector<int64_t> index[at_least_one(Op::index)];
 
-  Operands(const Op& op, int64_t rows, int64_t cols) : op(op), rows(rows), cols(cols) {
+  Operands(const Op& op, int64_t rows, int64_t cols, int64_t sets = 1) : op(op), rows(rows), cols(cols), sets(sets) {
     for (auto& v : in) v = values(rows * cols, -2, 2);
-    for (auto& v : param) v = values(cols, 0.25, 2);
+    for (auto& v : param) v = values(sets * cols, 0.25, 2);
     for (auto& v : scalar_in) v = values(rows, 0.5, 2);
     for (auto& v : out) v = values(rows * cols, 0, 1);
-    for (auto& v : col_out) v = values(cols, 0, 1);
+    for (auto& v : col_out) v = values(sets * cols, 0, 1);
     for (auto& v : scalar_out) v = values(rows, 0, 1);
     for (auto& v : index)
       for (double a : values(rows, 0, double(cols))) v.push_back(int64_t(a));
@@ -132,6 +136,7 @@ struct Operands {
     for (int i = 0; i < Op::out; ++i) lend(args.out[i], out[i], cols);
     if constexpr (!is_row_op<Op>) args.number.stride[0] = kRowsApart;
     if constexpr (is_row_op<Op>) {
+      args.sets = sets;
       for (int i = 0; i < Op::index; ++i) lend(args.index[i], index[i], index[i].size() > 1);
       for (int i = 0; i < Op::scalar_in; ++i) lend(args.scalar_in[i], scalar_in[i], scalar_in[i].size() > 1);
       for (int i = 0; i < Op::scalar_out; ++i) lend(args.scalar_out[i], scalar_out[i], 1);

@@ -14,8 +14,10 @@
 #include "../../csrc/ops/cross_entropy.h"
 #include "../../csrc/ops/dropout.h"
 #include "../../csrc/ops/gated.h"
+#include "../../csrc/ops/l2_norm.h"
 #include "../../csrc/ops/pointwise.h"
 #include "../../csrc/ops/rms_norm.h"
+#include "../../csrc/ops/softmax.h"
 #include "../../csrc/ops/vocab_parallel_cross_entropy.h"
 #include "check.h"
 #include "reference.h"
@@ -120,11 +122,12 @@ class Case {
   // The first input lies as told, the others anyhow.
   template <class Adjust>
   Case(const char* name, const Op& op, const Adjust& adjust, DType t, DType p, const Extent& e, Layout first)
-      : want(op, e.rows, e.cols), e(e), t(t), p(p) {
+      : want(op, e.rows, e.cols, sets_of(e)), e(e), t(t), p(p) {
     adjust(want);
     args.op = op, args.extent = e, args.rows = t;
     what << name << " " << kTypes[int(t)] << (t == p ? "" : " with f32 parameters") << " [" << e.rows << ", " << e.cols << "]"
-         << (e.dims > 1 ? " rows in two dimensions" : "") << ":";
+         << (e.dims > 1 ? " rows in two dimensions" : "") << (want.sets > 1 ? " parameters of " + std::to_string(want.sets) : "")
+         << ":";
     for (int i = 0; i < Op::in; ++i) lend(args.in[i], want.in[i], int(t), i == 0 ? first : Layout(below(kLayouts)), e.cols);
     for (int i = 0; i < Op::out; ++i) ask(args.out[i], want.out[i], int(t), e.cols);
     if constexpr (is_row_op<Op>)
@@ -139,7 +142,7 @@ class Case {
     if constexpr (is_row_op<Op>)
       if (args.sums_columns()) {
         args.slices = kernel.slices(args);
-        const int64_t bytes = Op::col_out * args.slices * e.cols * kBytes[wide()];
+        const int64_t bytes = Op::col_out * args.slices * args.sets * e.cols * kBytes[wide()];
         partial.reset(new char[bytes]);
         std::memset(partial.get(), 0xff, bytes);
         args.partial = partial.get();
@@ -171,6 +174,12 @@ class Case {
   std::ostringstream what;
   std::vector<Buffer> inputs;
   std::vector<Result> results;
+
+  // Sometimes rows have parameters, or sums, in turns.
+  static int64_t sets_of(const Extent& e) {
+    const bool many = is_row_op<Op> && Op::params + Op::col_out > 0 && e.rows > 0 && below(2);
+    return !many ? 1 : e.rows % 10 == 0 ? 10 : e.rows;
+  }
 
   int wide() const { return int(t == DType::f64 ? DType::f64 : DType::f32); }
   static bool absent() { return below(4) == 0; }
@@ -211,14 +220,17 @@ class Case {
       args.scalar_out[i].wide = below(2);
       ask(args.scalar_out[i], want.scalar_out[i], args.scalar_out[i].wide ? wide() : int(t), 1);
     }
-    Extent one;  // what has one value per column is one dense row
-    one.rows = one.dims = 1, one.size[0] = 1;
+    args.sets = want.sets;
+    Extent one;  // what has one value per column is one dense row, or one for each set
+    one.rows = one.size[0] = want.sets, one.dims = 1;
+    View dense;
+    dense.stride[0] = e.cols;
     for (int i = 0; i < Op::params; ++i) {
       if (absent()) {
         want.param[i].clear();
         continue;
       }
-      inputs.emplace_back(int(p), View(), one, e.cols);
+      inputs.emplace_back(int(p), dense, one, e.cols);
       inputs.back().exchange(want.param[i]);
       args.param[i] = inputs.back().view.data;
     }
@@ -227,7 +239,7 @@ class Case {
         want.col_out[i].clear();
         continue;
       }
-      results.push_back({{int(p), View(), one, e.cols}, &want.col_out[i], p > DType::f32 ? kEps[int(p)] : 0});
+      results.push_back({{int(p), dense, one, e.cols}, &want.col_out[i], p > DType::f32 ? kEps[int(p)] : 0});
       args.col_out[i] = results.back().buffer.view.data;
     }
   }
@@ -281,6 +293,12 @@ void drive_all() {
     drive<variant>("RowBiasActBwd", RowBiasActBwd{{{}, f}});
   }
 #endif
+  drive<variant>("SoftmaxFwd of logarithms", SoftmaxFwd{{}, SoftmaxKind::log, Mask::none, false, 1, 1});
+  drive<variant>("NormFwd", NormFwd{});
+  for (double scale : {1.0, 1e30, 1e-30})  // the last two need another sweep in float32
+    drive<variant>("NormalizeFwd", NormalizeFwd{{}, 1e-40}, [scale](Operands<NormalizeFwd>& o) {
+      for (double& a : o.in[NormalizeFwd::kX]) a *= scale;
+    });
   drive<variant>("ScaleFwd", ScaleFwd{{}, -0.3});
   drive<variant>("ExpFwd", ExpFwd{});
   drive<variant>("CubeBwd", CubeBwd{});

@@ -272,7 +272,7 @@ def batch_norm(
         raise ValueError("batch_norm: running_mean and running_var must be given when training is False, got None")
     given = (None, None) if training else (running_mean, running_var)
     y, stats = BatchNormFn.call((input, weight, bias, residual, *given), eps, kind)
-    if training and input.numel():
+    if training and input.numel() and not (running_mean is None and running_var is None):
         with torch.no_grad():
             unbiased = values / (values - 1)
             for running, batch, factor in zip((running_mean, running_var), stats.unbind(), (1, unbiased)):
