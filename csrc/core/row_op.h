@@ -53,6 +53,9 @@ struct MapOp {
   static constexpr int index = 0;      // int64 per row
   static constexpr int scalar_in = 0;  // T or S per row
   static constexpr int scalar_out = 0;
+  static constexpr bool in_sets = false;   // row ops: parameters and sums over the rows may come in sets: those of row r are number
+                                           // r % sets. Where rows are walked along only
+  static constexpr bool choosy = false;    // row ops: has a needs() of its own
   static constexpr int kept = 0;           // row ops: values of a column k[i] that the last sweep leaves for map(), of type A
   static constexpr double absent = 1;      // what a parameter or a mixed input that is not given stands for
   static constexpr bool numbered = false;  // map ops without sums only
@@ -149,13 +152,17 @@ struct RowArgs {
   View scalar_out[at_least_one(Op::scalar_out)];
   const void* param[at_least_one(Op::params)] = {};
   void* col_out[at_least_one(Op::col_out)] = {};
-  int64_t sets = 1;         // of parameters and of sums over the rows, [sets, cols]: those of row r are number r % sets. Where rows
-                            // are walked along only
+  int64_t sets = 1;         // with in_sets: of parameters and of sums over the rows, [sets, cols]
   void* partial = nullptr;  // [col_out, slices, sets, cols] of Acc<T>: each slice of rows sums its own columns
   int64_t slices = 0;
 
-  FUSEGRAD_FN int64_t set(int64_t r) const { return sets == 1 ? 0 : r % sets; }
-  bool sums_columns() const {
+  FUSEGRAD_FN int64_t set([[maybe_unused]] int64_t r) const {
+    if constexpr (Op::in_sets)
+      return r % sets;
+    else
+      return 0;
+  }
+  FUSEGRAD_FN bool sums_columns() const {
     for (int i = 0; i < Op::col_out; ++i)
       if (col_out[i]) return true;
     return false;

@@ -249,6 +249,7 @@ struct ChannelNormBwd : RowOp {
 // A row is a group, a column one of its elements, with w and b of its channel: those of each group are a set.
 struct GroupNormFwd : Moments {
   static constexpr int in = 1, params = 2, out = 1, scalar_out = 3;
+  static constexpr bool in_sets = true;
   enum { kX, kW = 0, kB, kY = 0, kMean = 0, kVar, kLost };
   ChannelRow channel;
   bool shift;  // there is a b
@@ -276,6 +277,7 @@ struct GroupNormFwd : Moments {
 
 struct GroupNormBwd : RowOp {
   static constexpr int in = 2, params = 2, out = 1, col_out = 2, wide_cols = 2, scalar_in = 3, kept = 1, packs = 1;
+  static constexpr bool in_sets = true;
   enum { kX, kDy, kW = 0, kB, kDx = 0, kDw = 0, kDb, kMean = 0, kVar, kLost };
   ChannelRow channel;
   bool shift;  // there is a b

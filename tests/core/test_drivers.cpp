@@ -177,7 +177,7 @@ class Case {
 
   // Sometimes rows have parameters, or sums, in turns.
   static int64_t sets_of(const Extent& e) {
-    const bool many = is_row_op<Op> && Op::params + Op::col_out > 0 && e.rows > 0 && below(2);
+    const bool many = Op::in_sets && e.rows > 0 && below(2);
     return !many ? 1 : e.rows % 10 == 0 ? 10 : e.rows;
   }
 
