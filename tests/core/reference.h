@@ -112,6 +112,7 @@ struct Operands {
   Values in[at_least_one(Op::in)], param[at_least_one(Op::params)], scalar_in[at_least_one(Op::scalar_in)];
   Values out[at_least_one(Op::out)], col_out[at_least_one(Op::col_out)], scalar_out[at_least_one(Op::scalar_out)];
   std::vector<int64_t> index[at_least_one(Op::index)];
+  double noise = 1;  // how many times the usual error a result may have
 
   Operands(const Op& op, int64_t rows, int64_t cols, int64_t sets = 1) : op(op), rows(rows), cols(cols), sets(sets) {
     for (auto& v : in) v = values(rows * cols, -2, 2);
