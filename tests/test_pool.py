@@ -99,7 +99,6 @@ def test_bad_limit():
     assert "ValueError: fusegrad: FUSEGRAD_CPU_POOL_MB must be a number of megabytes, got lots" in done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_fork_beside_busy_threads():
     """Parent and child can both go on taking memory: the pool is locked while the process is copied, and not after it."""
     code = """

@@ -145,7 +145,7 @@ class AcrossCuda {
     Sum sum[V];
     bool wanted = false;
 #pragma unroll
-    for (int e = 0; e < V; ++e) wanted |= live && (!Op::choosy || a.op.template needs<Sum>(row[e]));
+    for (int e = 0; e < V; ++e) wanted |= live && a.op.template needs<Sum>(row[e]);
     if (wanted) {
 #pragma unroll 2
       for (int64_t c = y; c < a.extent.cols; c += s.depth) {
@@ -172,7 +172,7 @@ class AcrossCuda {
         for (int f = 0; f < kFields; ++f) reinterpret_cast<S*>(&part)[f] = parts[(e * kFields + f) * kMaxThreads + d * s.side + x];
         total.merge(part);
       }
-      if (live && (!Op::choosy || a.op.template needs<Sum>(row[e]))) a.op.finish(row[e], total, here(r + e));
+      if (live && a.op.template needs<Sum>(row[e])) a.op.finish(row[e], total, here(r + e));
     }
     __syncthreads();
   }

@@ -9,10 +9,9 @@
 //
 //   begin(row, at)          before the first sweep: fetch per-row values                               (optional)
 //   skip(row)               true: leave the row unread, its outputs are 0                              (optional)
-//   add(sum, row, in)       one column (A is a scalar) or one vector of columns into the sum; in the last sweep of an op with
-//   `kept`
-//                           also in.k[i], what map() needs of it: stored on the way, or, where that costs more, made again
-//   needs<Sum>(row)         false: leave that sweep out                                            (optional)
+//   add(sum, row, in)       one column (A is a scalar) or one vector of columns into the sum; the last sweep of an op that has
+//                           `kept` also sets in.k[i] for map(): stored in between or, where that costs more, made again
+//   needs<Sum>(row)         false: leave that sweep out                                                (optional)
 //   finish(row, sum, at)    after a sweep: turn the sum into row values, store per-row outputs
 //   map<T>(row, in, out)    out.y[i]: the outputs of a column;  out.col[i]: its contribution to a sum over all rows
 //
@@ -55,7 +54,6 @@ struct MapOp {
   static constexpr int scalar_out = 0;
   static constexpr bool in_sets = false;   // row ops: parameters and sums over the rows may come in sets: those of row r are number
                                            // r % sets. Where rows are walked along only
-  static constexpr bool choosy = false;    // row ops: has a needs() of its own
   static constexpr int kept = 0;           // row ops: values of a column k[i] that the last sweep leaves for map(), of type A
   static constexpr double absent = 1;      // what a parameter or a mixed input that is not given stands for
   static constexpr bool numbered = false;  // map ops without sums only
@@ -156,12 +154,8 @@ struct RowArgs {
   void* partial = nullptr;  // [col_out, slices, sets, cols] of Acc<T>: each slice of rows sums its own columns
   int64_t slices = 0;
 
-  FUSEGRAD_FN int64_t set([[maybe_unused]] int64_t r) const {
-    if constexpr (Op::in_sets)
-      return r % sets;
-    else
-      return 0;
-  }
+  FUSEGRAD_FN int64_t known_sets() const { return Op::in_sets ? sets : 1; }  // as a constant for all other ops
+  FUSEGRAD_FN int64_t set(int64_t r) const { return r % known_sets(); }
   FUSEGRAD_FN bool sums_columns() const {
     for (int i = 0; i < Op::col_out; ++i)
       if (col_out[i]) return true;

@@ -103,11 +103,9 @@ class RowsCuda {
     const int teams = blockDim.x / team;
     const int pieces = kByTiles && row_tiles > 1 ? row_tiles : 1;
     // The rows that a block adds up are of one set.
-    const bool by_sets = Op::in_sets && a.sums_columns();
-    const int64_t sets = by_sets ? a.sets : 1, set = by_sets ? blockIdx.x % sets : 0;
-    const int64_t count = (by_sets ? a.extent.rows / sets : a.extent.rows) * pieces;
-    const int64_t block = by_sets ? blockIdx.x / sets : blockIdx.x, blocks = by_sets ? gridDim.x / sets : gridDim.x;
-    for (int64_t first = block * teams; first < count; first += blocks * teams) {
+    const int64_t sets = a.sums_columns() ? a.known_sets() : 1, set = blockIdx.x % sets;
+    const int64_t count = a.extent.rows / sets * pieces, step = gridDim.x / sets * teams;
+    for (int64_t first = blockIdx.x / sets * teams; first < count; first += step) {
       const int64_t i = first + threadIdx.x / team, r = pieces > 1 ? i / pieces : i;
       row(r * sets + set, i < count, int(i - r * pieces), pieces > 1);
     }
@@ -121,7 +119,7 @@ class RowsCuda {
     tile0 = by_tiles ? piece : 0, tiles = by_tiles ? 1 : row_tiles, held = -1, forward = true;
     bool skip = false;
     if (live) {
-      if constexpr (Op::in_sets) first_param = a.set(r) * a.extent.cols;
+      first_param = a.set(r) * a.extent.cols;
 #pragma unroll
       for (int i = 0; i < Op::in; ++i) x[i] = static_cast<const T*>(a.in[i].data) + a.extent.offset(a.in[i], r);
 #pragma unroll
@@ -169,7 +167,7 @@ class RowsCuda {
     for (int i = 0; i < Op::in; ++i) memcpy(c.x[i], &kept[i][k], sizeof(c.x[i]));
 #pragma unroll
     for (int i = 0; i < Op::params; ++i)
-      if (a.param[i]) load<V>(static_cast<const P*>(a.param[i]) + (Op::in_sets ? first_param : 0) + at * V + k * team * V, c.p[i]);
+      if (a.param[i]) load<V>(static_cast<const P*>(a.param[i]) + first_param + at * V + k * team * V, c.p[i]);
 #pragma unroll
     for (int i = 0; i < Op::mixed; ++i)  // read each time: in registers they would be as large as the accumulate type
       load_mixed<V>(a.mixed[i], row_of_mixed[i], (at + k * team) * (packed ? V : a.mixed[i].col), Op::absent, c.m[i]);
@@ -194,7 +192,7 @@ class RowsCuda {
   template <class Sum>
   __device__ __forceinline__ void sweep(Row& row, const Here& here, bool live) {
     Sum sum;
-    const bool wanted = !Op::choosy || a.op.template needs<Sum>(row);
+    const bool wanted = a.op.template needs<Sum>(row);
     for (int i = 0; i < (wanted ? tiles : 0); ++i) {
       next(i);
 #pragma unroll
@@ -312,7 +310,7 @@ class RowsCuda {
   }
 
   __device__ __forceinline__ S* partial(int i) const {
-    return static_cast<S*>(a.partial) + (i * (Op::in_sets ? a.slices * a.sets : a.slices) + blockIdx.x) * a.extent.cols;
+    return static_cast<S*>(a.partial) + (i * a.slices * a.known_sets() + blockIdx.x) * a.extent.cols;
   }
 
   // Columns that do not fit into registers are summed in memory, each by the thread that has them in every row.

@@ -25,7 +25,6 @@ struct ScaledSquares {
 // What the ops here share: the sweeps over the first input, which end in op.found(row, norm, at). Row has a field xx.
 template <class Op>
 struct OfNorm : RowOp {
-  static constexpr bool choosy = true;
   template <class A>
   using Sweeps = List<Squares<A>, ScaledSquares<A>>;
 

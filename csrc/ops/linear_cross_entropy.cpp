@@ -15,14 +15,13 @@
 // of 16-bit matrices round the logits; and so is what lies beside a float32 weight.
 //
 // Memory beyond x, w and the gradients, with A = 4 bytes (8 for float64), T tokens, H features, C classes, n tokens per chunk:
-// A n C for the logits, half as much for a dz of 16 bits + 2 A n H for a chunk's x and dx + 32 MB at most for a part of w of
-// another type or layout + A per token and value; and the forward's gradients, A (T H + C H + C), until the backward has turned
-// them into results.
+// A n C for the logits, half as much for a dz of 16 bits + 2 A n H for a chunk's dx and a copy of its x + 32 MB at most for a part
+// of w of another type or layout + A per token and value; and the forward's gradients, A (T H + C H + C), until the backward has
+// turned them into results.
 #include "cross_entropy.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/any.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>

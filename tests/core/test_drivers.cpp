@@ -11,6 +11,7 @@
 #include <string>
 
 #include "../../csrc/ops/bias_act.h"
+#include "../../csrc/ops/channel_norm.h"
 #include "../../csrc/ops/cross_entropy.h"
 #include "../../csrc/ops/dropout.h"
 #include "../../csrc/ops/gated.h"
@@ -239,7 +240,8 @@ class Case {
         want.col_out[i].clear();
         continue;
       }
-      results.push_back({{int(p), dense, one, e.cols}, &want.col_out[i], p > DType::f32 ? kEps[int(p)] : 0});
+      const int type = i < Op::col_out - Op::wide_cols ? int(p) : wide();
+      results.push_back({{type, dense, one, e.cols}, &want.col_out[i], type > 1 ? kEps[type] : 0});
       args.col_out[i] = results.back().buffer.view.data;
     }
   }
@@ -313,6 +315,7 @@ void drive_all() {
   drive<variant>("LossTotal", LossTotal{{}, 0, true, false}, [](Operands<LossTotal>& o) {
     for (double& weight : o.in[LossTotal::kWeight]) weight = std::abs(weight);
   });
+  for (Act act : {Act::identity, Act::silu}) drive<variant>("GroupNormBwd", GroupNormBwd{{}, {1, {act}, false}, true});
   drive<variant>("SoftmaxFwd of logarithms", SoftmaxFwd{{}, SoftmaxKind::log, Mask::none, false, 1, 1});
   drive<variant>("NormFwd", NormFwd{});
   for (double scale : {1.0, 1e30, 1e-30})  // the last two need another sweep in float32
