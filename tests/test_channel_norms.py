@@ -157,6 +157,19 @@ def test_groups_that_are_rows_of_many_sets(shape, groups, dtype):
         check(OPS["group_norm"], sample, run(OPS["group_norm"], sample, cotangent), cotangent)
 
 
+@pytest.mark.parametrize("samples", (1, 8, 70))
+def test_memory_of_groups_that_are_rows(samples):
+    """What is documented is enough where planes are large beside the samples, too."""
+    x, w, b = torch.randn(samples, 64, 32, 32), torch.randn(64), torch.randn(64)
+    sample = dict(input=x, num_groups=8, weight=w, bias=b)
+    assert allocated(lambda: F.group_norm(**sample)) <= x.nbytes + OPS["group_norm"].workspace(sample)
+    for t in (x, w, b):
+        t.requires_grad_()
+    y, dy = F.group_norm(**sample), torch.randn_like(x)
+    asked = allocated(lambda: torch.autograd.grad(y, (x, w, b), dy, retain_graph=True))
+    assert asked <= x.nbytes + w.nbytes + b.nbytes + OPS["group_norm"].workspace(sample)
+
+
 @pytest.mark.parametrize("name", ("batch_norm", "group_norm", "layer_norm_2d"))
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=name_of)
 @each_format

@@ -426,6 +426,14 @@ def _cells(kwargs):
     return 10 * x.shape[0] * x.shape[1] * wide_dtype(x).itemsize
 
 
+def _group_norm_workspace(kwargs):
+    """In one walk also w, b and their sums for each element of a sample, and the sums once more for each slice of the samples."""
+    x = kwargs["input"]
+    samples = x.shape[0]
+    sample = x.numel() // samples if samples else 0
+    return _cells(kwargs) + (4 + 2 * min(64, -(-samples // 16))) * sample * wide_dtype(x).itemsize
+
+
 def _bytes(*tensors):
     return sum(t.nbytes for t in tensors if t is not None)
 
@@ -453,7 +461,7 @@ GROUP_NORM = Op(
         _bytes(*(kwargs.get(k) for k in ("input", "weight", "bias")))
         + 3 * kwargs["input"].shape[0] * kwargs["num_groups"] * wide_dtype(kwargs["input"]).itemsize
     ),
-    workspace=_cells,
+    workspace=_group_norm_workspace,
     shards=lambda x, *_: (range(1, x.dim()), {}),
     bench=_group_norm_bench,
     shapes=(*SHAPES, (2, 512), (64, 16384), (8, 1048576), (32, 262144)),
