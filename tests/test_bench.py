@@ -403,6 +403,17 @@ def test_a_side_that_raises_is_refused_and_the_others_are_timed():
         assert cell["sides"]["peer"] == dict(wrong="ValueError: no gradient here") and own.pop("saved") >= 0 and positive(own)
 
 
+@pytest.mark.parametrize("enough, turns", ((measure.Clock.ENOUGH, 2), (1e-9, 1)))
+def test_a_side_whose_calls_take_long_has_fewer_turns(enough, turns, monkeypatch):
+    seconds, calls = measure.Clock.seconds, []
+    monkeypatch.setattr(measure.Clock, "ENOUGH", enough)
+    monkeypatch.setattr(measure.Clock, "seconds", lambda clock, *n: calls.append(clock) or seconds(clock, *n))
+    cell = measured(OPS["exp"], torch.exp)
+    assert positive(cell["copy"]) and all(positive(side["both"]) for side in cell["sides"].values())
+    # In each of three phases: how long a call is, and the turns, of two sides and of the copy, which has both.
+    assert len(calls) == 3 * (2 * (1 + turns) + 3)
+
+
 def test_a_side_that_raises_while_it_is_timed():
     calls = itertools.count()
 

@@ -331,6 +331,16 @@ def test_a_hook_between_two_layers_keeps_them_apart(register, which):
     assert model[0].activation is None
 
 
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_full_backward_hook"])
+def test_a_hook_on_all_modules_keeps_them_apart(register):
+    hook = getattr(torch.nn.modules.module, register)(lambda *args: None)
+    try:
+        report = fusegrad.fuse(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU()), dry_run=True)
+    finally:
+        hook.remove()
+    assert [e.name for e in report.replaced] == ["0"] and "a hook sees" in report.kept[0].why
+
+
 def test_hooks_stay_and_fire():
     model, seen = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Softmax(-1)), []
     handles = [

@@ -75,9 +75,9 @@ def _leaf(m: Module) -> bool:
 
 
 def _hooked(m: Module, behind: bool = False) -> bool:
-    """Whether somebody looks at it; with `behind`, at what comes out of it."""
+    """Whether somebody looks at it, or at every module; with `behind`, at what comes out of it."""
     kinds = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks") + (() if behind else ("_forward_pre_hooks",))
-    return any(getattr(m, kind) for kind in kinds)
+    return any(getattr(m, kind) or getattr(torch.nn.modules.module, f"_global{kind}") for kind in kinds)
 
 
 def _refusal(m: Module) -> str | None:
