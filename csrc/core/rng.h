@@ -5,7 +5,8 @@
 // lower 32 bits of i; the keys are hashed from the seed and the upper 32 bits of i by SplitMix64 (Steele, Lea & Flood 2014,
 // "Fast splittable pseudorandom number generators"). It is one value per lane from three 32-bit multiplications, where a
 // Philox-4x32 round (Salmon et al. 2011) takes two widening ones, ten times, for four values that lie across the lanes. For one key
-// it is a permutation of the 32-bit numbers; tests/test_dropout.py holds its avalanche, and the masks, against chance.
+// it is a permutation of the 32-bit numbers. tests/core/test_functors.cpp holds its avalanche against chance, tests/test_dropout.py
+// the masks.
 #pragma once
 
 #include "numeric.h"

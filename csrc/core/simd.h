@@ -60,8 +60,8 @@ FUSEGRAD_FN Vec<BFloat16> narrowed(Vec<float> a, Vec<float> b) {
 }
 constexpr bool kOwnBFloat16 = true;
 #else
-[[maybe_unused]] Vec<float> widened(const BFloat16*);
-[[maybe_unused]] Vec<BFloat16> narrowed(Vec<float>, Vec<float>);
+Vec<float> widened(const BFloat16*) = delete;
+Vec<BFloat16> narrowed(Vec<float>, Vec<float>) = delete;
 constexpr bool kOwnBFloat16 = false;
 #endif
 
@@ -77,7 +77,7 @@ FUSEGRAD_FN Vec<float> widened(const bool* p) {
 }
 constexpr bool kOwnBool = true;
 #else
-[[maybe_unused]] Vec<float> widened(const bool*);
+Vec<float> widened(const bool*) = delete;
 constexpr bool kOwnBool = false;
 #endif
 

@@ -50,7 +50,7 @@ struct Activation {
       case Act::gelu: return gelu_of(x, normal_above(x, bell(x)));
       case Act::gelu_tanh: return of<A>(0.5) * x * (A(1) + tanh(tanh_argument(x)));
       case Act::silu: return x * sigmoid(x);
-      case Act::softplus: return select(x > A(20), x, log1p(exp(smaller(x, A(20)))));
+      case Act::softplus: return select(x > A(20), x, softplus(x));
       case Act::elu: return select(x < A(0), expm1(x), x);
       case Act::mish: return x * tanh_of_softplus(x);
       case Act::hardswish: return x * clamped(x + A(3), A(0), A(6)) * of<A>(1.0 / 6);

@@ -48,8 +48,8 @@ struct CrossEntropyFwd : RowOp {
   };
   template <class A>
   struct Peak {
-    A top{-std::numeric_limits<Scalar<A>>::infinity()};
-    FUSEGRAD_FN void merge(const Peak& other) { top = larger(top, other.top); }
+    A top{-std::numeric_limits<Scalar<A>>::infinity()};  // of the numbers: the sum of the row finds its NaN
+    FUSEGRAD_FN void merge(const Peak& other) { top = larger_number(top, other.top); }
   };
   template <class A>
   struct Mass {
@@ -79,7 +79,7 @@ struct CrossEntropyFwd : RowOp {
   // The columns are a template, as sisters of this op that derive from it have their own.
   template <class A, class R, class Columns>
   FUSEGRAD_FN void add(Peak<A>& sum, const R&, const Columns& in) const {
-    sum.top = larger(sum.top, o.z(in.x[kX]));
+    sum.top = larger_number(sum.top, o.z(in.x[kX]));
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Peak<S>& sum, const At&) const {

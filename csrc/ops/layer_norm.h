@@ -11,7 +11,7 @@
 // c rstd, as the mean of d rstd, by the sweep that it has to make.
 #pragma once
 
-#include "../core/row_op.h"
+#include "moments.h"
 
 namespace fusegrad {
 
@@ -31,11 +31,6 @@ struct LayerNormFwd : RowOp {
     FUSEGRAD_FN void merge(const Total& o) { x = x + o.x; }
   };
   template <class A>
-  struct Spread {
-    A d{0}, dd{0};
-    FUSEGRAD_FN void merge(const Spread& o) { d = d + o.d, dd = dd + o.dd; }
-  };
-  template <class A>
   using Sweeps = List<Total<A>, Spread<A>>;
 
   template <class S, class At>
@@ -53,9 +48,7 @@ struct LayerNormFwd : RowOp {
   }
   template <class A, class R>
   FUSEGRAD_FN void add(Spread<A>& sum, const R& row, const In<LayerNormFwd, A>& in) const {
-    const A d = in.x[kX] - A(row.mean);
-    sum.d = sum.d + d;
-    sum.dd = fma(d, d, sum.dd);
+    sum.add(in.x[kX], A(row.mean));
   }
   template <class S, class At>
   FUSEGRAD_FN void finish(Row<S>& row, const Spread<S>& sum, const At& at) const {

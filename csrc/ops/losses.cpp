@@ -2,6 +2,8 @@
 
 #include <ATen/ops/div.h>
 
+#include <cmath>
+
 #include "../host/run.h"
 #include "ops.h"
 
@@ -36,7 +38,7 @@ std::tuple<Tensor, Tensor> losses_fwd(const Tensor& x,       // [*]
   RECORD_FUNCTION("fusegrad::losses_fwd", {});
   using F = LossesFwd;
   Frame frame = Frame::flat(kNames[checked_number("losses: kind", kind, std::size(kNames))], x, "input");
-  MapArgs<F> args{{{}, {LossKind(kind), log_target, a, b, given(pos)}}};
+  MapArgs<F> args{{{}, {LossKind(kind), log_target, a, b, std::log(a), given(pos)}}};
   frame.in(args.in[F::kX], x, "input");
   frame.mixed(args.mixed[F::kT], target, "target");
   frame.mixed(args.mixed[F::kW], w, "weight");
@@ -65,7 +67,7 @@ std::tuple<Tensor, Tensor> losses_bwd(const Tensor& dloss,       // [] or [*]
   RECORD_FUNCTION("fusegrad::losses_bwd", {});
   using B = LossesBwd;
   Frame frame = Frame::flat(kBackwards[checked_number("losses: kind", kind, std::size(kBackwards))], x, "input");
-  MapArgs<B> args{{{}, {LossKind(kind), log_target, a, b, given(pos)}, 1 / items(x, reduction), needed[1]}};
+  MapArgs<B> args{{{}, {LossKind(kind), log_target, a, b, std::log(a), given(pos)}, 1 / items(x, reduction), needed[1]}};
   Tensor dx, dt;
   const Tensor g = given(divisor) ? at::div(dloss, *divisor) : dloss;
   if (needed[0]) frame.out(args.out[B::kDx], dx = empty_as(x));

@@ -5,8 +5,8 @@
 //   huber      (x - t)^2 / 2 up to |x - t| = delta, beyond it         dx = (x - t) g, at most        dt = -dx
 //              delta (|x - t| - delta / 2)                            delta g in size
 //   smooth_l1  huber / beta with delta = beta; l1 if beta is 0
-//   bce        (1 - t) x + u l, l = log(1 + exp(-x)), s = sigmoid(x)  dx = (u s - v t) g             dt = ((v - 1) l - x) g
-//              with u = 1 + (v - 1) t and a weight v of t = 1
+//   bce        (1 - t) x + l + (v - 1) t l with l = log(1 + exp(-x)), dx = (s - t + (v - 1) t (s - 1)) g
+//              s = sigmoid(x) and a weight v of t = 1                 dt = ((v - 1) l - x) g
 //   focal      b u^gamma (bce with v = 1), u = s (1 - t) + (1 - s) t, b = alpha t + (1 - alpha) (1 - t), or 1 if alpha < 0
 //              dx = b (u^gamma (s - t) + bce gamma u^(gamma - 1) s (1 - s) (1 - 2 t)) g
 //              dt = (b (bce gamma u^(gamma - 1) (1 - 2 s) - x u^gamma) + (2 alpha - 1) bce u^gamma) g
@@ -26,24 +26,33 @@ namespace fusegrad {
 
 enum class LossKind : int8_t { mse, l1, huber, smooth_l1, bce, focal, kl, js };
 
+// s = sigmoid(x), 1 - s and -log s, by one exponential.
+template <class A>
+struct Logistic {
+  A s, rest, minus_log_s;
+
+  FUSEGRAD_FN explicit Logistic(A x) {
+    const A e = exp(A(0) - absolute(x)), upper = reciprocal(A(1) + e), lower = e * upper;
+    s = select(x < A(0), lower, upper);
+    rest = select(x < A(0), upper, lower);
+    minus_log_s = softplus(A(0) - x, e);
+  }
+};
+
 struct Loss {
   LossKind kind;
   bool log_target;
   double a, b;    // delta; beta; alpha and gamma
+  double log_a;   // of js: within the loop a call would cost all vector registers
   bool weighted;  // there is a v, else it is 1
 
   template <class A>
   FUSEGRAD_FN static A of(double value) {
     return A(Scalar<A>(value));
   }
-  // log(1 + exp(-x))
   template <class A>
-  FUSEGRAD_FN static A softplus_of_minus(A x) {
-    return log1p(exp(A(0) - absolute(x))) + larger(A(0) - x, A(0));
-  }
-  template <class A>
-  FUSEGRAD_FN A bce(A x, A t, A v) const {
-    return (A(1) - t) * x + (A(1) + (v - A(1)) * t) * softplus_of_minus(x);
+  FUSEGRAD_FN A bce(A x, A t, A minus_log_s) const {  // with v = 1
+    return fma(A(1) - t, x, minus_log_s);
   }
   template <class A>
   FUSEGRAD_FN A power(A u, double exponent) const {
@@ -57,14 +66,21 @@ struct Loss {
   FUSEGRAD_FN A p_of(A t) const {
     return log_target ? exp(t) : t;
   }
-  // beta u and (1 - beta) q s of js. By the ratio of the probabilities and not by their logarithms, whose difference has few digits
-  // left where they are alike.
+  // r and s of js. By the ratio of the probabilities and not by their logarithms, whose difference has few digits left where they
+  // are alike.
   template <class A>
-  FUSEGRAD_FN void shares(A x, A t, A p, A& of_p, A& of_q) const {
-    const A q = exp(x), r = (log_target ? t : log(t)) - x;
-    const A s = log1p(of<A>(a) * expm1(smaller(r, A(80))));
-    of_p = select(p == A(0), A(0), of<A>(a) * select(r > A(80), of<A>(-::log(a)), r - s));
-    of_q = select(q == A(0), A(0), of<A>(1 - a) * q * select(r > A(80), r + of<A>(::log(a)), s));
+  FUSEGRAD_FN void ratios(A x, A t, A& r, A& s) const {
+    r = (log_target ? t : log(t)) - x;
+    s = log1p(of<A>(a) * expm1(smaller(r, A(80))));
+  }
+  // beta u, and (1 - beta) q s.
+  template <class A>
+  FUSEGRAD_FN A of_p(A p, A r, A s) const {
+    return select(p == A(0), A(0), of<A>(a) * select(r > A(80), of<A>(-log_a), r - s));
+  }
+  template <class A>
+  FUSEGRAD_FN A of_q(A q, A r, A s) const {
+    return select(q == A(0), A(0), of<A>(1 - a) * q * select(r > A(80), r + of<A>(log_a), s));
   }
 
   template <class A>
@@ -75,10 +91,13 @@ struct Loss {
       case LossKind::l1: return far;
       case LossKind::huber: return select(far <= of<A>(a), of<A>(0.5) * d * d, of<A>(a) * (far - of<A>(0.5 * a)));
       case LossKind::smooth_l1: return select(far < of<A>(a), of<A>(0.5 / a) * d * d, far - of<A>(0.5 * a));
-      case LossKind::bce: return bce(x, t, v);
+      case LossKind::bce: {
+        const A l = softplus(A(0) - x), y = bce(x, t, l);
+        return weighted ? fma((v - A(1)) * t, l, y) : y;
+      }
       case LossKind::focal: {
-        const A s = sigmoid(x);
-        return balance(t) * power(s * (A(1) - t) + (A(1) - s) * t, b) * bce(x, t, A(1));
+        const Logistic<A> l(x);
+        return balance(t) * power(l.s * (A(1) - t) + l.rest * t, b) * bce(x, t, l.minus_log_s);
       }
       case LossKind::kl: {
         const A p = p_of(t);
@@ -86,9 +105,9 @@ struct Loss {
       }
       default: {
         const A p = p_of(t);
-        A of_p, of_q;
-        shares(x, t, p, of_p, of_q);
-        return p * of_p - of_q;
+        A r, s;
+        ratios(x, t, r, s);
+        return p * of_p(p, r, s) - of_q(exp(x), r, s);
       }
     }
   }
@@ -103,17 +122,19 @@ struct Loss {
       case LossKind::huber: dx = select(absolute(d) >= of<A>(a), of<A>(a) * sign, d); break;
       case LossKind::smooth_l1: dx = select(absolute(d) >= of<A>(a), sign, d * of<A>(1 / a)); break;
       case LossKind::bce: {
-        dx = (A(1) + (v - A(1)) * t) * sigmoid(x) - v * t;
+        const A s = sigmoid(x);
+        dx = weighted ? fma((v - A(1)) * t, s - A(1), s - t) : s - t;
         dt = A(0) - x;
-        if (of_t && weighted) dt = select(v == A(1), A(0), (v - A(1)) * softplus_of_minus(x)) - x;
+        if (of_t && weighted) dt = select(v == A(1), A(0), (v - A(1)) * softplus(A(0) - x)) - x;
         return;
       }
       case LossKind::focal: {
-        const A s = sigmoid(x), u = s * (A(1) - t) + (A(1) - s) * t, ce = bce(x, t, A(1)), scale = balance(t);
+        const Logistic<A> l(x);
+        const A u = l.s * (A(1) - t) + l.rest * t, ce = bce(x, t, l.minus_log_s), scale = balance(t);
         const A weight = power(u, b), slope = b == 0 ? A(0) : ce * of<A>(b) * power(u, b - 1);
-        dx = scale * (weight * (s - t) + slope * s * (A(1) - s) * (A(1) - t - t));
+        dx = scale * (weight * (l.s - t) + slope * l.s * l.rest * (A(1) - t - t));
         if (!of_t) return;
-        dt = scale * (slope * (A(1) - s) - slope * s - x * weight);
+        dt = scale * (slope * l.rest - slope * l.s - x * weight);
         if (a >= 0) dt = dt + of<A>(2 * a - 1) * ce * weight;
         return;
       }
@@ -125,11 +146,13 @@ struct Loss {
         return;
       }
       default: {
-        const A p = p_of(t), beyond = exp(x) - exp(x);  // NaN where q is infinite
-        A of_p, of_q;
-        shares(x, t, p, of_p, of_q);
-        dx = beyond - of_q;
-        dt = (log_target ? p * of_p : of_p) + beyond;
+        const A q = exp(x), beyond = q - q;  // NaN where q is infinite
+        A r, s;
+        ratios(x, t, r, s);
+        dx = beyond - of_q(q, r, s);
+        if (!of_t) return;
+        const A p = p_of(t);
+        dt = (log_target ? p : A(1)) * of_p(p, r, s) + beyond;
         return;
       }
     }

@@ -31,8 +31,8 @@ Tensor pointwise_fwd(const Tensor& x,  // [*]
                      int64_t number, double factor) {
   RECORD_FUNCTION("fusegrad::pointwise_fwd", {});
   const char* const op = name(kNames, number);
-  if (number == kExp) return mapped(ExpFwd{}, op, x, "input");
-  if (number == kCube) return mapped(CubeFwd{}, op, x, "input");
+  if (number == kExp) return mapped(ValueOf<Act::exp>{}, op, x, "input");
+  if (number == kCube) return mapped(ValueOf<Act::cube>{}, op, x, "input");
   return mapped(ScaleFwd{{}, factor}, op, x, "input");
 }
 
@@ -42,7 +42,7 @@ Tensor pointwise_bwd(const Tensor& dy,        // [*]
   RECORD_FUNCTION("fusegrad::pointwise_bwd", {});
   const char* const op = name(kBackward, number);
   if (number == kExp) return mapped(ExpBwd{}, op, dy, "gradient", saved);
-  if (number == kCube) return mapped(CubeBwd{}, op, dy, "gradient", saved);
+  if (number == kCube) return mapped(GradientAt<Act::cube>{}, op, dy, "gradient", saved);
   return mapped(ScaleFwd{{}, factor}, op, dy, "gradient");
 }
 

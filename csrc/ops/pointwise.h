@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../core/row_op.h"
+#include "activation.h"
 
 namespace fusegrad {
 
@@ -21,12 +22,24 @@ struct ScaleFwd : MapOp {  // of x, and of dy
   }
 };
 
-struct ExpFwd : MapOp {
+template <Act act>
+struct ValueOf : MapOp {
   static constexpr int in = 1, out = 1;
 
   template <class A>
-  FUSEGRAD_FN void map(const In<ExpFwd, A>& in, Out<ExpFwd, A>& out) const {
-    out.y[0] = exp(in.x[0]);
+  FUSEGRAD_FN void map(const In<ValueOf, A>& in, Out<ValueOf, A>& out) const {
+    out.y[0] = Activation{act}.value(in.x[0]);
+  }
+};
+
+template <Act act>
+struct GradientAt : MapOp {
+  static constexpr int in = 2, out = 1;
+  enum { kDy, kSaved };
+
+  template <class A>
+  FUSEGRAD_FN void map(const In<GradientAt, A>& in, Out<GradientAt, A>& out) const {
+    out.y[0] = Activation{act}.gradient(in.x[kDy], in.x[kSaved]);
   }
 };
 
@@ -37,25 +50,6 @@ struct ExpBwd : MapOp {
   template <class A>
   FUSEGRAD_FN void map(const In<ExpBwd, A>& in, Out<ExpBwd, A>& out) const {
     out.y[0] = in.x[kDy] * in.x[kSaved];
-  }
-};
-
-struct CubeFwd : MapOp {
-  static constexpr int in = 1, out = 1;
-
-  template <class A>
-  FUSEGRAD_FN void map(const In<CubeFwd, A>& in, Out<CubeFwd, A>& out) const {
-    out.y[0] = in.x[0] * in.x[0] * in.x[0];
-  }
-};
-
-struct CubeBwd : MapOp {
-  static constexpr int in = 2, out = 1;
-  enum { kDy, kSaved };
-
-  template <class A>
-  FUSEGRAD_FN void map(const In<CubeBwd, A>& in, Out<CubeBwd, A>& out) const {
-    out.y[0] = in.x[kDy] * (A(3) * in.x[kSaved] * in.x[kSaved]);
   }
 };
 

@@ -2,7 +2,7 @@
 #include "pointwise.h"
 
 FUSEGRAD_MAP(ScaleFwd)
-FUSEGRAD_MAP(ExpFwd)
+FUSEGRAD_MAP(ValueOf<Act::exp>)
 FUSEGRAD_MAP(ExpBwd)
-FUSEGRAD_MAP(CubeFwd)
-FUSEGRAD_MAP(CubeBwd)
+FUSEGRAD_MAP(ValueOf<Act::cube>)
+FUSEGRAD_MAP(GradientAt<Act::cube>)

@@ -122,8 +122,7 @@ struct Call {
 
 // In the order of `like`'s memory, but with the columns of a row next to each other.
 Tensor empty_side(const Tensor& like) {
-  const Tensor y = empty_as(like);
-  return like.size(-1) <= 1 || y.stride(-1) == 1 ? y : pool::empty(like.sizes(), like);
+  return step_as(like, like.dim() - 1) == 1 ? empty_as(like) : pool::empty(like.sizes(), like);
 }
 
 const char* name_of(bool normed, bool backward) {

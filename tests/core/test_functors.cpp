@@ -140,6 +140,35 @@ void swiglu() {
   }
 }
 
+// Each bit of a number and of the seed decides about each bit of the draw as a coin would, and so do the bits beyond the 32nd: a
+// mask does not begin anew there.
+void random_bits() {
+  constexpr int64_t draws = 4096;
+  constexpr double limit = draws / 2 + 6 * 32;  // standard deviation: sqrt(draws) / 2 = 32
+  const auto check = [&](const std::string& what, const std::function<std::pair<int32_t, int32_t>(int64_t)>& two) {
+    int64_t changed[31] = {};
+    for (int64_t i = 0; i < draws; ++i) {
+      const auto [a, b] = two(i);
+      CHECK(a >= 0 && b >= 0, what, " gives a draw of more than 31 bits");
+      for (int bit = 0; bit < 31; ++bit) changed[bit] += (a ^ b) >> bit & 1;
+    }
+    for (int bit = 0; bit < 31; ++bit)
+      CHECK(changed[bit] < limit && draws - changed[bit] < limit, what, " changes bit ", bit, " of the draw ", changed[bit],
+            " times of ", draws);
+  };
+  for (uint64_t seed : {uint64_t(0), uint64_t(1), uint64_t(0x123456789abcdef)}) {
+    const Random random(seed);
+    const auto at = [](int64_t i) { return i * 1048573 % (int64_t(1) << 33); };
+    for (int flip = 0; flip < 40; ++flip) {
+      check("bit " + std::to_string(flip) + " of the number",
+            [&](int64_t i) { return std::pair(random.draw(at(i)), random.draw(at(i) ^ int64_t(1) << flip)); });
+      check("bit " + std::to_string(flip) + " of the seed",
+            [&](int64_t i) { return std::pair(random.draw(at(i)), Random(seed ^ uint64_t(1) << flip).draw(at(i))); });
+    }
+    check("the next number", [&](int64_t i) { return std::pair(random.draw(i), random.draw(i + 1)); });
+  }
+}
+
 void dropout(double p) {
   const std::string what = "dropout of " + std::to_string(p);
   const int64_t seed = 11, rows = 4, cols = 9;
@@ -424,6 +453,7 @@ int main() {
   rms_norm_peculiar();
 
   swiglu();
+  random_bits();
   for (double p : {0.0, 0.25, 1.0}) dropout(p);
 
   for (double smoothing : {0.0, 0.1, 1.0})
