@@ -73,7 +73,7 @@ class Function(torch.autograd.Function):
             _op.count(cls.op, "forward mode is active")
             return cls.reference(*tensors, *options)
         if _transforms.active():
-            reason = cls._why_no_transform(tensors)
+            reason = cls._why_no_transform(tensors, options)
             if reason is not None:
                 _op.count(cls.op, reason)
                 return cls.reference(*tensors, *options)
@@ -82,21 +82,25 @@ class Function(torch.autograd.Function):
         return _first(outputs, _transforms.apply(cls, *tensors, *options))
 
     @classmethod
-    def _why_no_transform(cls, tensors) -> str | None:
+    def why_no_vmap(cls, tensors, options) -> str | None:
+        """The sentence that says why this call is not vmapped by its kernels; None if it is."""
+        return "vmap has no kernel" if cls.params is None else None
+
+    @classmethod
+    def _why_no_transform(cls, tensors, options) -> str | None:
         """The sentence that says why the transforms at hand go through the reference; None if they do not."""
         if cls.rule is None or not _transforms.only_grad_and_vmap():
             return "a transform other than grad and vmap is active"
         if any(t is not None and is_sharded(_transforms.unwrapped(t)) for t in tensors):
             return "a transform of DTensors is active"
         batched = [i for i, t in enumerate(tensors) if _transforms.is_batched(t)]
-        if batched and cls.params is None:
-            return "vmap has no kernel"
-        return "a parameter is vmapped" if batched and any(i in cls.params for i in batched) else None
+        reason = cls.why_no_vmap(tensors, options) if batched else None
+        return "a parameter is vmapped" if batched and reason is None and any(i in cls.params for i in batched) else reason
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
         moved = [
-            _to_front(a, d, info.batch_size) if isinstance(a, torch.Tensor) and i not in cls.params else a
+            to_front(a, d, info.batch_size) if isinstance(a, torch.Tensor) and i not in cls.params else a
             for i, (a, d) in enumerate(zip(args, in_dims))
         ]
         return _transforms.apply(cls, *cls.deeper(moved, 1)), 0
@@ -143,7 +147,7 @@ def _one_by_one(ctx, samples, count, grads) -> list:
     return [None if parts[0] is None else torch.stack(parts).unflatten(0, samples) for parts in zip(*found)]
 
 
-def _to_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+def to_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
@@ -280,7 +284,7 @@ class _Backward(torch.autograd.Function):
     def vmap(info, in_dims, call, *tensors):
         dims, params = in_dims[1:], call.fn.params
         if params is not None and all(dims[i] is None for i in params):
-            moved = [t if t is None or i in params else _to_front(t, d, info.batch_size) for i, (t, d) in enumerate(zip(tensors, dims))]
+            moved = [t if t is None or i in params else to_front(t, d, info.batch_size) for i, (t, d) in enumerate(zip(tensors, dims))]
             return _transforms.apply(_Backward, call.replace(batch=call.batch + 1), *moved), 0
 
         def f(*tensors):

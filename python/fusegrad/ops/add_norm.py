@@ -47,31 +47,30 @@ def _(dy, dsum, sum, w, b, seed, mean, rstd, dims, offset, p, needed):
     return dx, dresidual, dw, db
 
 
+class _AddNormFn(Function):
+    @classmethod
+    def why_no_vmap(cls, tensors, options):
+        return None if tensors[-1] is None else "vmap of a dropout has no kernel"
+
+
 def _setup_context(ctx, params, options, outputs):
-    """Saves the sum in the place of the two that were added; params are weight, bias and seed."""
+    """Saves the sum in the place of input, and nothing in that of residual; params are weight, bias if there is one, and seed."""
     _, s, *statistics = outputs
     ctx.options = options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
-    ctx.save_for_backward(s, *params, *statistics)
+    ctx.save_for_backward(s, None, *params, *statistics)
 
 
-def _with_that_sum(*params):
+def _with_that_sum(ctx):
     """0 and the sum, in the place of input and residual: every pair with one sum has the same derivatives."""
-
-    def inputs(ctx):
-        saved = ctx.saved_tensors  # once: checkpointing counts
-        s = saved[0]
-        return s.new_zeros(()).expand_as(s), s, *(saved[i] for i in params)
-
-    return inputs
+    s, _, *params, _, _ = ctx.saved_tensors
+    return s.new_zeros(()).expand_as(s), s, *params
 
 
-def _backward(ctx, dy, dsum, needs_b, offset):
-    """The gradients of input, residual, weight and bias."""
-    needs = *ctx.needs_input_grad[:3], needs_b
-    saved, p = ctx.saved_tensors, ctx.options[-1]
-    seed = saved[3]
+def _backward(ctx, dy, dsum, saved, needs_b, offset):
+    """The gradients of input, residual, weight and bias, from the sum, weight, bias, seed and statistics."""
+    needs, p, seed = (*ctx.needs_input_grad[:3], needs_b), ctx.options[-1], saved[3]
     dx = dresidual = dw = db = None
     if dy is not None:
         dx, dresidual, dw, db = add_norm_bwd(dy, dsum, *saved, ctx.options[0], offset, p, needs)
@@ -83,9 +82,10 @@ def _backward(ctx, dy, dsum, needs_b, offset):
     return dx if needs[0] else None, dresidual if needs[1] else None, dw, db
 
 
-class AddRMSNormFn(Function):
+class AddRMSNormFn(_AddNormFn):
     op = "add_rms_norm"
     reference = staticmethod(add_rms_norm_reference)
+    params = (2, 3)
 
     @staticmethod
     def forward(x, residual, w, seed, dims, eps, offset, cast_first, p):
@@ -94,17 +94,19 @@ class AddRMSNormFn(Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         _, _, w, seed, *options = inputs
-        _setup_context(ctx, (w, None, seed), options, outputs)
+        _setup_context(ctx, (w, seed), options, outputs)
 
-    @differentiable(_with_that_sum(1, 3))
+    @differentiable(_with_that_sum)
     def backward(ctx, dy, dsum, *_):
-        dx, dresidual, dw, _ = _backward(ctx, dy, dsum, False, ctx.options[2])
+        s, _, w, *others = ctx.saved_tensors
+        dx, dresidual, dw, _ = _backward(ctx, dy, dsum, (s, w, None, *others), False, ctx.options[2])
         return dx, dresidual, dw, *(None,) * 6
 
 
-class AddLayerNormFn(Function):
+class AddLayerNormFn(_AddNormFn):
     op = "add_layer_norm"
     reference = staticmethod(add_layer_norm_reference)
+    params = (2, 3, 4)
 
     @staticmethod
     def forward(x, residual, w, b, seed, dims, eps, p):
@@ -115,9 +117,10 @@ class AddLayerNormFn(Function):
         _, _, w, b, seed, *options = inputs
         _setup_context(ctx, (w, b, seed), options, outputs)
 
-    @differentiable(_with_that_sum(1, 2, 3))
+    @differentiable(_with_that_sum)
     def backward(ctx, dy, dsum, *_):
-        return *_backward(ctx, dy, dsum, ctx.needs_input_grad[3], 0.0), *(None,) * 4
+        s, _, *others = ctx.saved_tensors
+        return *_backward(ctx, dy, dsum, (s, *others), ctx.needs_input_grad[3], 0.0), *(None,) * 4
 
 
 def _sum_of(op: str, input: Tensor, residual: Tensor, params: tuple, p: float, training: bool) -> tuple[tuple, float]:

@@ -42,6 +42,7 @@ def _empty_along(x, dim):
 class NormFn(Function):
     op = "norm"
     reference = staticmethod(norm_reference)
+    params, dim = (), -1
 
     @staticmethod
     def forward(x, dim):
@@ -61,6 +62,7 @@ class NormFn(Function):
 class NormalizeFn(Function):
     op = "normalize"
     reference = staticmethod(normalize_reference)
+    params, dim = (), -2
 
     @staticmethod
     def forward(x, dim, eps):

@@ -121,6 +121,8 @@ def _(dloss, x, target, w, pos, divisor, kind, a, b, log_target, reduction, need
 
 
 class _LossFn(Function):
+    params = ()
+
     @staticmethod
     def forward(x, target, w, pos, kind, a, b, log_target, reduction, wide_out):
         return losses_fwd(x, target, w, pos, kind, a, b, log_target, reduction, wide_out)
@@ -133,6 +135,10 @@ class _LossFn(Function):
         if divisor is not None:
             ctx.mark_non_differentiable(divisor)
         ctx.save_for_backward(x, target, w, pos, divisor)
+
+    @classmethod
+    def why_no_vmap(cls, tensors, options):
+        return None if options[4] == NONE else "vmap of a reduced loss has no kernel"
 
     @differentiable(lambda ctx: ctx.saved_tensors[:4])
     def backward(ctx, dloss, _):

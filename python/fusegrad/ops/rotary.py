@@ -63,14 +63,21 @@ def _(dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, interl
 
 def _inputs(ctx) -> tuple:
     """Of the forward, with zeros for q and k: the op is linear in them, so that no derivative depends on them."""
-    cos, sin = ctx.saved_tensors
+    *_, cos, sin = ctx.saved_tensors
     zero = cos.new_zeros((), dtype=ctx.dtype)
     return *(zero.expand(shape) for shape in ctx.shape), cos, sin
 
 
-class RotaryEmbeddingFn(Function):
+class _RotaryFn(Function):
+    @classmethod
+    def why_no_vmap(cls, tensors, options):
+        return "vmap has no kernel where each item has tables of its own" if tensors[-1].dim() == 3 else None
+
+
+class RotaryEmbeddingFn(_RotaryFn):
     op = "rotary_embedding"
     reference = staticmethod(rotary_embedding_reference)
+    params = (2, 3)
 
     @staticmethod
     def forward(q, k, cos, sin, interleaved):
@@ -81,20 +88,21 @@ class RotaryEmbeddingFn(Function):
         q, k, cos, sin, *ctx.options = inputs
         ctx.shape, ctx.dtype = (q.shape, k.shape), q.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(cos, sin)
+        ctx.save_for_backward(None, None, cos, sin)
 
     @differentiable(_inputs)
     def backward(ctx, dq_out, dk_out):
         dq = dk = None
         if not (dq_out is None and dk_out is None):
             needed = (*ctx.needs_input_grad[:2], False, False)
-            dq, dk, _, _ = rotary_bwd(dq_out, dk_out, *[None] * 6, *ctx.saved_tensors, *ctx.options, needed)
+            dq, dk, _, _ = rotary_bwd(dq_out, dk_out, *[None] * 6, *ctx.saved_tensors[2:], *ctx.options, needed)
         return dq, dk, None, None, None
 
 
-class QKNormRopeFn(Function):
+class QKNormRopeFn(_RotaryFn):
     op = "qk_norm_rope"
     reference = staticmethod(qk_norm_rope_reference)
+    params = (2, 3, 4, 5)
 
     @staticmethod
     def forward(q, k, q_weight, k_weight, cos, sin, eps, interleaved):

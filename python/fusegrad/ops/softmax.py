@@ -66,6 +66,8 @@ def _formula(ctx, saved_tensors, dy, *_):
 
 
 class _SoftmaxFn(Function):
+    params, dim = (), -4
+
     @staticmethod
     def forward(x, mask, dim, scale, causal, kind):
         # A 16-bit logarithm is too coarse to start from: see csrc/ops/softmax.h.
@@ -96,13 +98,11 @@ class _SoftmaxFn(Function):
 class SoftmaxFn(_SoftmaxFn):
     op = "softmax"
     reference = staticmethod(softmax_reference)
-    params, dim = (), -4
 
 
 class LogSoftmaxFn(_SoftmaxFn):
     op = "log_softmax"
     reference = staticmethod(log_softmax_reference)
-    params, dim = (), -4
 
 
 class ScaledMaskedSoftmaxFn(_SoftmaxFn):
