@@ -108,7 +108,7 @@ def render(path, ops=(), recycled=None) -> str:
     if ops:
         return "\n".join(lines) + "\n"
     slower = ", ".join(s["bfloat16_slower"]).replace(" bfloat16", "")
-    large = f"Time over that of a copy, for the {s['large_cells']} cells whose inputs\ncome from memory: {s['of_copy']:.2f}. "
+    large = f"Time over that of a copy, where the inputs come from memory: geometric mean\n{report.over_copy(s)}. "
     lines += [
         "",
         f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells, of which {len(s['above'])} are above 0.95.",

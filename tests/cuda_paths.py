@@ -67,10 +67,14 @@ def test_rows_next_to_each_other(reorder):
         check_in_any_order(op, laid_out(Sample("transposed", op.bench(Make(), 70_000, 6)), "transposed"), reorder)
 
 
-def test_a_label_that_is_no_class():
-    """Where a look at the labels would wait for the device, its row becomes NaN, and no other."""
-    x = torch.randn(5, 40, device=DEVICE, requires_grad=True)
-    loss = fusegrad.functional.cross_entropy(x, torch.tensor([0, 40, 39, -1, -100], device=DEVICE), reduction="none")
+@pytest.mark.parametrize("name", ("cross_entropy", "vocab_parallel_cross_entropy", "linear_cross_entropy", "linear_token_log_probs"))
+def test_a_label_that_is_no_class(name):
+    """Where a look at the labels would wait for the device, its row becomes NaN, and no other; and with it what all rows share."""
+    x, w = (torch.randn(rows, 40, device=DEVICE, requires_grad=True) for rows in (5, 40))
+    labels = torch.tensor([0, 40, 39, -1, -100], device=DEVICE)
+    of_a_head, options = name.startswith("linear"), {} if name == "linear_token_log_probs" else dict(reduction="none")
+    loss = getattr(fusegrad.functional, name)(x, *([w] if of_a_head else []), labels, **options)
     assert loss.isnan().tolist() == [False, True, False, True, False]
-    (g,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    g, *of_w = torch.autograd.grad(loss, (x, w) if of_a_head else (x,), torch.ones_like(loss))
     assert g.isnan().all(1).tolist() == [False, True, False, True, False] and g[[0, 2, 4]].isfinite().all()
+    assert all(t.isnan().all() for t in of_w)

@@ -2,13 +2,15 @@
 
     python3 tests/gpu.py [PART ...]
 
-Parts, in order, each within 8 minutes: build (in place), table (test_conformance.py and test_cuda.py on cuda), memcheck and
-racecheck (a small run under compute-sanitizer, where it is installed), bench. What each found goes to one file,
-bench/results/<date>-<device>.json, which a part that runs again replaces its share of. Needs torch, numpy, ninja, setuptools, pytest,
-pytest-xdist, rich; fetches nothing.
+Parts, in order, each within 8 minutes: build (in place), table (test_conformance.py and test_cuda.py on cuda), semantics and contract
+(the other test files that know of a device: what each op means, and autocast, rows A to C, DistributedDataParallel over nccl where
+there are two GPUs, extensions), memcheck and racecheck (a small run under compute-sanitizer, where it is installed), bench. What each
+found goes to one file, bench/results/<date>-<device>.json, which a part that runs again replaces its share of. Needs torch, numpy,
+ninja, setuptools, pytest, pytest-xdist, hypothesis, rich; fetches nothing.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -23,7 +25,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("build", "table", "memcheck", "racecheck", "bench")
+TESTS = dict(
+    table=("cuda", "conformance"),
+    semantics=("dropout", "errors", "losses", "norms", "rotary", "softmax"),
+    contract=("amp", "distributed", "extension", "row_a", "row_b", "row_c"),
+)
+PARTS = ("build", *TESTS, "memcheck", "racecheck", "bench")
 LIMIT = 8 * 60  # seconds of a part
 JOBS = str(min(16, os.cpu_count() or 1))
 
@@ -56,13 +63,13 @@ def build():
     return dict(ok=status == 0, seconds=seconds, architectures=arch)
 
 
-def table():
-    report = ROOT / "build" / "gpu.xml"
+def tests(part):
+    report = ROOT / "build" / f"gpu-{part}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     status, seconds, output = run(
         *(sys.executable, "-m", "pytest", "-q", "--all", "-n", "8", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"),
-        *("tests/test_cuda.py", "tests/test_conformance.py"),
+        *(f"tests/test_{name}.py" for name in TESTS[part]),
         FUSEGRAD_TEST_DEVICE="cuda",
     )
     if not report.exists():  # it was stopped at the limit
@@ -134,7 +141,8 @@ def main():
         python=sys.version.split()[0],
         commit=commit,
     )
-    run_part = dict(build=build, table=table, memcheck=lambda: sanitizer("memcheck"), racecheck=lambda: sanitizer("racecheck"), bench=bench)
+    run_part = dict(build=build, memcheck=lambda: sanitizer("memcheck"), racecheck=lambda: sanitizer("racecheck"), bench=bench)
+    run_part |= {part: functools.partial(tests, part) for part in TESTS}
     for part in args.parts or PARTS:
         results[part] = run_part[part]()
         path.parent.mkdir(parents=True, exist_ok=True)

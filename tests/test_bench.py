@@ -607,17 +607,21 @@ def test_summary():
 
     result = dict(cells=[cell("float32", 1.0), cell("bfloat16", 4.00001)], machine=dict(last_level_cache_MB=0))
     found = report.summary(result)
-    assert (found.pop("ratio"), found.pop("of_copy")) == pytest.approx((0.5, 2.0), rel=1e-4)
+    assert (found.pop("ratio"), found.pop("of_copy"), found.pop("of_copy_with_products")) == pytest.approx((0.5, 2.0, 2.0), rel=1e-4)
+    assert report.over_copy(report.summary(result)) == "2.00 of 2 cells"
     assert found == dict(
         above=["a bfloat16 1x1: 1.00"],
         cells=2,
         large_cells=2,
+        large_products=0,
         bfloat16_slower=["a bfloat16 1x1"],
         host=[f"a bfloat16 1x1 {phase}: 4000010 against 4000000" for phase in ("forward", "forward + backward")],
         repeated=[],
         wrong=["a float32 1x1 native (too far off)", "a bfloat16 1x1 native (too far off)"],
     )
     assert not report.summary(result | dict(cells=[cell("float32", 1.0), cell("bfloat16", 4.0, gemm=True)]))["bfloat16_slower"]
+    with_product = report.summary(result | dict(cells=[*result["cells"], cell("float32", 16.0, gemm=True)]))
+    assert report.over_copy(with_product) == "2.00 of 2 cells, 4.00 with the 1 cells of products of matrices"
     shown = "\n".join(readme.short(result["cells"]))
     assert "| a |  |  | 4000010 against 4000000 | 4000010 against 4000000 |" in shown
     old = dict(cells=[cell("float32", 2.0)])

@@ -27,6 +27,7 @@ from table import (
     diffable,
     draw,
     ids,
+    laid_out,
     name_of,
     names,
     run,
@@ -328,14 +329,12 @@ def allocated(f):
     return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
 
 
-@pytest.mark.parametrize("layout", ("contiguous", "row_strided", "expanded", "offset", "packed_heads"))
+@pytest.mark.parametrize("layout", ("contiguous", "row_strided", "transposed", "expanded", "offset", "packed_heads"))
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=name_of)
 @each_op
 def test_no_allocation_beyond_the_outputs(op, dtype, layout):
-    kwargs = op.bench(Make(dtype), 256, 512)
-    main = next(iter(kwargs))
-    kwargs[main] = lay_out(kwargs[main], layout)
-    sample = Sample("", kwargs)
+    sample = laid_out(Sample("", op.bench(Make(dtype), 256, 512)), layout)
+    kwargs, shape = sample.kwargs, next(iter(sample.kwargs.values())).shape
     s, leaves = with_grad(op, sample)
     outputs = []
     small = 64 * 1024 + intermediates(op, kwargs)  # per-row and per-column values; the large tensors are half a MB and more
@@ -349,7 +348,7 @@ def test_no_allocation_beyond_the_outputs(op, dtype, layout):
     torchs = allocated(lambda: op.torch(**kwargs)) if as_torch else 0
     assert forward_bytes <= max(torchs, sum(y.nbytes for y in outputs)) + small
     held = call(op, s)
-    cotangent = cotangents(held)
+    cotangent = [lay_out(g, layout) if g.shape == shape else g for g in cotangents(held)]
     inputs = list(leaves.values())
     backward_bytes = allocated(lambda: torch.autograd.grad(held, inputs, cotangent, retain_graph=True))
     slices = 256 // 16 if DEVICE == "cpu" else 256  # on a GPU as many blocks as it has place for

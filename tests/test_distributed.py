@@ -89,12 +89,13 @@ def train(model, batches):
     return torch.stack(losses), [whole(p.detach()).cpu() for p in model.parameters()]
 
 
-def same_training(model, rank, world, of_part=lambda t: t):
+def same_training(model, rank, world):
     """Three steps of two processes, each with its items of a batch, are those of one process with the batch."""
-    x, target = data()
+    x, target = data(24)
     sampler = DistributedSampler(TensorDataset(x, target), world, rank, shuffle=False)
     mine = train(model, DataLoader(TensorDataset(x, target), 4, sampler=sampler))
     losses, params = train(net(), DataLoader(TensorDataset(x, target), 4 * world))
+    assert len(losses) == len(mine[0]) == 3
     total = mine[0]
     dist.all_reduce(total)
     close(total / world, losses)
@@ -239,9 +240,12 @@ def e3_dtensor_keeps_what_is_split(rank, world):
     )
     gated = [gate(columns, at(4, 8)) for gate in (fused.swiglu, fused.geglu, fused.geglu_tanh, fused.reglu)]
     simple = (fused.dropout(columns), fused.scale(columns, 2.0), fused.exp(columns), fused.cube(columns), fused.grad_reverse(columns))
-    losses = [loss(columns, at(4, 8), reduction="none") for loss in (fused.mse_loss, fused.l1_loss, fused.huber_loss, fused.kl_div)]
+    pairs = (fused.mse_loss, fused.l1_loss, fused.huber_loss, fused.smooth_l1_loss, fused.kl_div, fused.js_div)
+    losses = [loss(columns, at(4, 8), reduction="none") for loss in (*pairs, fused.binary_cross_entropy_with_logits)]
+    losses.append(fused.sigmoid_focal_loss(columns, at(4, 8)))
     for y in (*biased, *gated, *simple, *losses):
         assert y.placements == (Shard(1),)
+    assert fused.glu(at(4, 8, dim=0)).placements == (Shard(0),) and fused.glu(columns, 0).placements == (Shard(1),)
     assert fused.cross_entropy(at(4, 9, 6, dim=2), labels, reduction="none").placements == (Shard(1),)
     assert fused.rms_norm(at(4, 8, dim=1), (8,), w).placements == (Replicate(),)
 
@@ -295,12 +299,30 @@ def e3_dropout_of_parts(rank, world):
     mesh = init_device_mesh(DEVICE, (world,))
     for placement in (Shard(0), Replicate()):
         x = distribute_tensor(torch.ones(40, 50), mesh, [placement]).requires_grad_()
-        for f in (fused.dropout, lambda x, p: fused.bias_dropout_add(x, None, x.detach() * 0, p)):
+        norms = (
+            (lambda x, p: fused.add_rms_norm(x, x.detach() * 0, (50,), p=p)[1]),
+            (lambda x, p: fused.add_layer_norm(x, x.detach() * 0, (50,), p=p)[1]),
+        )
+        for f in (fused.dropout, lambda x, p: fused.bias_dropout_add(x, None, x.detach() * 0, p), *norms):
             y = f(x, 0.5)
             assert torch.equal(whole(torch.autograd.grad(y.sum(), x)[0]), whole(y.detach()))
             mine, parts = y.to_local().detach(), [torch.empty_like(y.to_local()) for _ in range(world)]
             dist.all_gather(parts, mine)
             assert torch.equal(parts[0], parts[1]) == placement.is_replicate() and 0.4 < (mine == 0).float().mean() < 0.6
+
+
+def e3_batch_norm_of_running_statistics(rank, world):
+    """Those of the whole batch, in training and after it."""
+    mesh, x = init_device_mesh(DEVICE, (world,)), [torch.randn(8, 6, dtype=F64) for _ in range(3)]
+    expected, model = (nn.BatchNorm1d(6, dtype=F64, activation="relu") for _ in range(2))
+    distribute_module(model.to(DEVICE), mesh)
+    for step, batch in enumerate(x):
+        if step == 2:
+            model.eval(), expected.eval()
+        y = model(distribute_tensor(batch, mesh, [Shard(0)]))
+        close(whole(y.detach()), expected(batch))
+        close([whole(b) for b in model.buffers()][:2], list(expected.buffers())[:2])
+        assert int(whole(model.num_batches_tracked)) == int(expected.num_batches_tracked)
 
 
 def e3_tensor_and_sequence_parallel(rank, world):
@@ -425,10 +447,13 @@ def e3_refusals(rank, world):
         (lambda: fused.rms_norm(x, (8,), torch.ones(8)), "rms_norm: all tensors must be DTensors if one is (distribute_tensor"),
         (lambda: fused.rms_norm(torch.ones(8, 8), (8,), biases), "rms_norm: all tensors must be DTensors if one is (distribute_tensor"),
         (lambda: fused.softmax(unknown, -1), "softmax: a DTensor must be placed by Shard, Replicate or Partial, got"),
-        (
-            lambda: fused.swiglu(x, elsewhere),
-            "swiglu: all tensors must be on the mesh",
-        ),
+        (lambda: fused.swiglu(x, elsewhere), "swiglu: all tensors must be on the mesh"),
+        (lambda: fused.linear(torch.ones(8, 8), w), "linear: all tensors must be DTensors if one is (distribute_tensor"),
+        (lambda: fused.linear(x, torch.ones(8, 8)), "linear: all tensors must be DTensors if one is (distribute_tensor"),
+        (lambda: fused.linear(x, copied, torch.ones(8)), "linear: all tensors must be DTensors if one is (distribute_tensor"),
+        (lambda: fused.linear(x, copied, torch.ones(8), activation="silu"), "linear: all tensors must be DTensors if one is"),
+        (lambda: fused.linear(unknown, copied), "linear: a DTensor must be placed by Shard, Replicate or Partial, got"),
+        (lambda: fused.linear(x, elsewhere), "linear: all tensors must be on the mesh"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(text)):
             case()
@@ -445,6 +470,7 @@ CHECKS = (
     e3_dtensor_of_summands,
     e3_dtensor_second_order,
     e3_dropout_of_parts,
+    e3_batch_norm_of_running_statistics,
     e3_tensor_and_sequence_parallel,
     e3_row_parallel_with_an_activation,
     e3_linear_of_any_placement,

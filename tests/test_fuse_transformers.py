@@ -109,6 +109,23 @@ def test_training_is_that_of_the_unfused_model(name, record_property):
     print(text)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_runs_the_kernels(name):
+    """Of each layer that the report says is replaced, forward and backward."""
+    model, batch = build(name), next(iter(batches(name)))
+    fusegrad.fuse(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**batch).loss.backward()
+    found = {e.key.removeprefix("fusegrad::"): e.count for e in profile.key_averages() if e.key.startswith("fusegrad::")}
+    of_layers = {kind: sum(isinstance(m, kind) for m in model.modules()) for kind in (nn.RMSNorm, nn.BatchNorm2d, nn.LayerNorm2d)}
+    expected = dict(rms_norm=of_layers[nn.RMSNorm], channel_norm=of_layers[nn.BatchNorm2d], layer_norm_2d=of_layers[nn.LayerNorm2d])
+    expected["rms_norm" if name in LANGUAGE else "channel_norm" if name == "ResNet" else "layer_norm_2d"] or pytest.fail("none")
+    if name in LANGUAGE:
+        expected |= dict(rotary=2, gated=2, cross_entropy=1)
+    for family, count in expected.items():
+        assert found.get(f"{family}_fwd", 0) == found.get(f"{family}_bwd", 0) == count, (family, found)
+
+
 def test_a_wrong_layer_is_seen():
     """The budget of the curve is one that a wrong eps in a single norm, and a wrong offset, break."""
     model = build("Gemma2")

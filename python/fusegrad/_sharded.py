@@ -57,13 +57,11 @@ def call(row, tensors: Sequence[Tensor | None], options: Sequence, outputs: int 
 
     A dimension of the first tensor that the row lets be split stays split as it is, and what goes along with it in the other tensors
     is split alike. All else is gathered first, and gradients of what is not split are sums over the processes."""
-    fn, first, sharded = row.fn, tensors[0], next(t for t in tensors if isinstance(t, DTensor))
-    mesh = sharded.device_mesh
+    fn, first = row.fn, tensors[0]
     if row.shards is None:
-        fact = f"got {sharded.placements}; give it the part of this process, input.to_local()"
+        fact = f"got {next(t for t in tensors if isinstance(t, DTensor)).placements}; give it the part of this process, to_local()"
         raise RuntimeError(f"{row.name}: there is no rule for a DTensor, {fact}")
-    for t in tensors:
-        _check(row.name, t, mesh, may_be_a_number=t is not first)
+    mesh = mesh_of(row.name, tensors)
     whole, along = row.shards(*tensors, *options)
     n = max(1, first.dim())
     free = [d for d in range(first.dim()) if d not in {w % n for w in whole}]
@@ -101,6 +99,14 @@ def call(row, tensors: Sequence[Tensor | None], options: Sequence, outputs: int 
         results[0] = _finished(results[0], summed, mesh, split)
         results = [None if y is None else y.to(summed.dtype) for y in results]
     return results[0] if single else tuple(results)
+
+
+def mesh_of(op: str, tensors: Sequence[Tensor | None]) -> DeviceMesh:
+    """The mesh of all of them; raises where they are not DTensors that can be taken together."""
+    mesh = next(t for t in tensors if isinstance(t, DTensor)).device_mesh
+    for t in tensors:
+        _check(op, t, mesh, may_be_a_number=t is not tensors[0])
+    return mesh
 
 
 def _check(op: str, t: Tensor | None, mesh: DeviceMesh, may_be_a_number: bool) -> None:

@@ -367,9 +367,8 @@ def _batch_norm_bench(make, rows, cols):
 
 
 def _group_norm_samples(make):
-    def sample(name, x, groups, activation=None, affine=True, **options):
-        c = x.shape[1]
-        params = dict(weight=make.param(c), bias=make.param(c)) if affine else {}
+    def sample(name, x, groups, activation=None, affine=("weight", "bias"), **options):
+        params = {name: make.param(x.shape[1]) for name in affine}
         options |= dict(activation=activation) if activation else {}
         return Sample(name, dict(input=x, num_groups=groups) | params | options)
 
@@ -381,10 +380,12 @@ def _group_norm_samples(make):
     yield sample("volume", make(2, 4, 3, 2, 5).contiguous(memory_format=torch.channels_last_3d), 2, "relu")
     yield sample("sequence", make(2, 6, 33), 2, "gelu_tanh")
     yield sample("two_dims", make(5, 12), 1, "tanh")
-    yield sample("one_group", make(2, 5, 3, 3), 1, affine=False)
+    yield sample("one_group", make(2, 5, 3, 3), 1, affine=())
+    yield sample("weight_only", make(3, 6, 4), 2, "silu", affine=("weight",))
+    yield sample("bias_only", make(2, 6, 7, 5, layout="channels_last"), 3, affine=("bias",))
     yield sample("each_channel", make(2, 5, 4, 4, layout="transposed"), 5, "mish")
     yield sample("row_strided", make(2, 4, 3, 6, layout="row_strided"), 2, "silu")
-    yield sample("column_strided", make(2, 4, 6, 3, layout="column_strided"), 4, eps=1e-2, affine=False)
+    yield sample("column_strided", make(2, 4, 6, 3, layout="column_strided"), 4, eps=1e-2, affine=())
     yield sample("offset", make(3, 9, 7, layout="offset"), 3, "leaky_relu")
     yield sample("expanded", make(3, 6, 4, 2, layout="expanded"), 2)
     yield sample("large", make(1, 6, 70, 41), 2, "silu")
@@ -392,10 +393,10 @@ def _group_norm_samples(make):
 
 
 def _batch_norm_samples(make):
-    def sample(name, x, activation=None, training=True, affine=True, residual=None, **options):
+    def sample(name, x, activation=None, training=True, affine=("weight", "bias"), residual=None, **options):
         c = x.shape[1]
         running = (None, None) if training else (make.param(c) - 1, make.param(c, positive=True))
-        params = dict(weight=make.param(c), bias=make.param(c)) if affine else {}
+        params = {name: make.param(c) for name in affine}
         options |= dict(training=True) if training else {}
         options |= dict(activation=activation) if activation else {}
         options |= {} if residual is None else dict(residual=residual)
@@ -407,12 +408,15 @@ def _batch_norm_samples(make):
     yield sample("channels_last", make(3, 12, 5, 3, layout="channels_last"), "relu")
     yield sample("channels_last_add", make(2, 40, 4, 3, layout="channels_last"), "silu", residual=make(2, 40, 4, 3))
     yield sample("features", make(70, 9), "gelu")
-    yield sample("features_wide", make(5, 75, layout="row_strided"), affine=False)
+    yield sample("features_wide", make(5, 75, layout="row_strided"), affine=())
+    yield sample("weight_only", make(3, 6, 5, layout="transposed"), "relu", affine=("weight",))
+    yield sample("bias_only", make(4, 3, 3, 2), "silu", affine=("bias",), residual=make(4, 3, 3, 2))
     yield sample("planes", make(2, 3, 6, 8), "elu")
     yield sample("volume", make(2, 4, 3, 2, 5).contiguous(memory_format=torch.channels_last_3d), "hardswish")
     yield sample("eval", make(3, 5, 4, 4), training=False, momentum=0.2)
     yield sample("eval_add_relu", make(3, 5, 4, 4, layout="channels_last"), "relu", training=False, residual=make(3, 5, 4, 4))
-    yield sample("eval_features", make(7, 11), training=False, affine=False, momentum=0.3, eps=1e-2)
+    yield sample("eval_features", make(7, 11), training=False, affine=(), momentum=0.3, eps=1e-2)
+    yield sample("eval_bias_only", make(3, 5, 4), training=False, affine=("bias",))
     yield sample("row_strided", make(2, 4, 3, 6, layout="row_strided"), "squared_relu")
     yield sample("column_strided", make(2, 4, 6, 3, layout="column_strided"), residual=make(2, 4, 6, 3, layout="transposed"))
     yield sample("transposed", make(40, 6, 7, layout="transposed"), "sigmoid")

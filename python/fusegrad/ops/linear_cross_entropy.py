@@ -22,6 +22,7 @@ from .._op import (
     integer,
     overridable,
     reduction_of,
+    warn,
     wide,
     wide_dtype,
 )
@@ -191,12 +192,13 @@ def _check(op, input, linear_weight, target, linear_bias):
         raise RuntimeError(f"{op}: linear_bias must have shape {list(linear_weight.shape[:-1])}, got {list(linear_bias.shape)}")
 
 
-def _check_labels(op, input, target):
+def _labels(op, input, target) -> Tensor:
     if target.shape != input.shape[:-1]:
         expected = f"one class per token, shape {list(input.shape[:-1])} for input {list(input.shape)}"
         raise ValueError(f"{op}: target must have {expected}, got {list(target.shape)}")
-    if target.dtype != torch.int64:
+    if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"{op}: target must be int64 (class indices), got {target.dtype}")
+    return target.long()
 
 
 @overridable
@@ -229,12 +231,14 @@ def linear_cross_entropy(
         input: `[N, H]` or `[H]`, float32, float64, float16 or bfloat16, any layout.
         linear_weight: `[C, H]`, of the input's dtype, or float32 with a 16-bit input. `[C, d1, ..., H]` (a loss of several
             dimensions) goes through `torch.nn.functional.linear` and `cross_entropy`.
-        target: class indices `[N]` or `[]`, int64. Class probabilities go the same way as a weight of several dimensions.
+        target: class indices `[N]` or `[]`, int64 (or uint8, as torch). Class probabilities go the same way as a weight of several
+            dimensions.
         linear_bias: `[C]`, or None.
         weight, reduction, label_smoothing, z_loss, logit_softcap, logit_scale, num_items, return_lse, empty: see `cross_entropy`.
         ignore_index: None is -100. A token with this label has loss and gradient 0, whatever its features are.
         options: `torch.nn.LinearCrossEntropyOptions` says how many tokens a chunk has; None lets as many be in one as 64 MB of
-            logits in float32 (float64) have room for. Sums are in float32 whatever its `acc_policy`, and a graph may be kept.
+            logits in float32 (float64) have room for. Sums are in float32 whatever its `acc_policy`, and a graph may be kept. Where
+            the logits are not made in chunks, for a weight of several dimensions or probabilities, it is ignored with a warning.
 
     Returns:
         The loss in the input's dtype (float32 under autocast), or `(loss, lse)`. Reduced to a number without lse, its forward makes
@@ -246,7 +250,8 @@ def linear_cross_entropy(
         require grad costs nothing.
 
     Raises:
-        IndexError: on the CPU, a label that is neither a class nor `ignore_index`. ValueError: a target of another shape, an
+        IndexError: on the CPU, a label that is neither a class nor `ignore_index`; on CUDA the token's loss and gradient become NaN,
+        and with them those of linear_weight and linear_bias. ValueError: a target of another shape, an
         unknown `reduction` or `empty`, `ignore_index` with probabilities. RuntimeError: a shape or device that does not fit.
         TypeError: a dtype that does not go with the input's.
 
@@ -269,12 +274,15 @@ def linear_cross_entropy(
     items, num_items = loss_items(op, reduction, num_items, empty)
     chunk = _chunk(op, options, input)
     if linear_weight.dim() > 2 or target.is_floating_point():
+        if options is not None:
+            why = "a linear_weight of more than two dimensions" if linear_weight.dim() > 2 else "targets that are probabilities"
+            warn(f"{op}: options are ignored beside {why}: the logits are made as a whole")
         return _whole_logits(
             input, linear_weight, target, linear_bias, weight, ignore_index,
             dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, logit_softcap=logit_softcap,
                  logit_scale=logit_scale, num_items=divisor, return_lse=return_lse, empty=empty),
         )  # fmt: skip
-    _check_labels(op, input, target)
+    target = _labels(op, input, target)
     if weight is not None:
         if weight.shape != linear_weight.shape[:1]:
             raise RuntimeError(f"{op}: weight must have one element per class ({list(linear_weight.shape[:1])}), got {list(weight.shape)}")
@@ -334,7 +342,7 @@ def linear_token_log_probs(
     Args:
         input: `[*, H]`, float32, float64, float16 or bfloat16, any layout.
         linear_weight: `[C, H]`, of the input's dtype, or float32 with a 16-bit input.
-        target: class indices `[*]`, int64.
+        target: class indices `[*]`, int64 (or uint8).
         linear_bias: `[C]`, or None.
         ignore_index: a token with this label has log-probability, lse and gradient 0; None is -100.
         logit_softcap, logit_scale: see `cross_entropy`; a scale of 1 / temperature gives the probabilities of sampling with it.
@@ -347,7 +355,8 @@ def linear_token_log_probs(
         Saved for backward: input, linear_weight, linear_bias, target and two float32 per token.
 
     Raises:
-        IndexError: on the CPU, a label that is neither a class nor `ignore_index`. ValueError: a target of another shape.
+        IndexError: on the CPU, a label that is neither a class nor `ignore_index`; on CUDA as in `linear_cross_entropy`.
+        ValueError: a target of another shape.
         RuntimeError: another shape or device that does not fit. TypeError: a dtype that does not.
 
     Equivalent eager code::
@@ -361,7 +370,7 @@ def linear_token_log_probs(
     _check(op, input, linear_weight, target, linear_bias)
     if linear_weight.dim() > 2:
         raise RuntimeError(f"{op}: linear_weight must have two dimensions, got {list(linear_weight.shape)}")
-    _check_labels(op, input, target)
+    target = _labels(op, input, target)
     *_, cap, factor = loss_numbers(op, 0.0, 0.0, logit_softcap, logit_scale)
     shape = target.shape
     if input.dim() != 2:
