@@ -345,3 +345,19 @@ def test_error_texts(call, error, text):
     with pytest.raises(error, match=re.escape(text) + "$") as info:
         call()
     assert type(info.value) is error
+
+
+def test_options_are_not_ignored_in_silence():
+    """Where the logits are made as a whole, a chunk size that is asked for is a warning."""
+    x, w, options = torch.randn(6, 8), torch.randn(5, 8), torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    for weight, target in ((w, torch.softmax(torch.randn(6, 5), 1)), (w.view(5, 1, 8), torch.randint(5, (6, 1)))):
+        with fusegrad.strict(False), pytest.warns(UserWarning, match="linear_cross_entropy: options are ignored beside"):
+            fused.linear_cross_entropy(x, weight, target, options=options)
+
+
+def test_labels_of_8_bits():
+    x, w, target = torch.randn(6, 8), torch.randn(5, 8), torch.randint(5, (6,))
+    for f in (fused.linear_cross_entropy, fused.linear_token_log_probs):
+        assert torch.equal(f(x, w, target.byte()), f(x, w, target))
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy: target must be int64 \(class indices\), got torch.int32"):
+        fused.linear_cross_entropy(x, w, target.int())
