@@ -45,6 +45,19 @@ def mlp(layers, device):
     return Classifier(body, layers.nn.CrossEntropyLoss()).to(device), batch
 
 
+def perceptron(layers, device):
+    """Products of matrices with an activation between them, in fusegrad one pass with the bias."""
+
+    def block():
+        if layers is fusegrad:
+            return fusegrad.nn.MLP((256, 1024, 256), "gelu")
+        return nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+
+    body = nn.Sequential(block(), block(), nn.Linear(256, 100, bias=False))
+    batch = torch.randn(4096, 256, device=device), torch.randint(100, (4096,), device=device)
+    return Classifier(body, layers.nn.CrossEntropyLoss()).to(device), batch
+
+
 def conv(layers, device):
     """The residual network of the example on images, on larger ones."""
     import train_images
@@ -69,7 +82,7 @@ def step_of(make, layers, args):
     return step
 
 
-NETWORKS = dict(gpt=gpt, mlp=mlp, conv=conv)
+NETWORKS = dict(gpt=gpt, mlp=mlp, perceptron=perceptron, conv=conv)
 SIDES = dict(native=torch, fusegrad=fusegrad)
 
 

@@ -100,7 +100,12 @@ def test_compile_is_a_side(tmp_path):
 def test_training_steps(tmp_path):
     done = bench("--model", "--rounds", "3", "--threads", "1", "--json", tmp_path / "m.json")
     assert done.returncode == 0 and "wrong" not in done.stdout, done.stderr
-    assert [network["name"] for network in json.loads((tmp_path / "m.json").read_text())["networks"]] == ["gpt", "mlp", "conv"]
+    assert [network["name"] for network in json.loads((tmp_path / "m.json").read_text())["networks"]] == [
+        "gpt",
+        "mlp",
+        "perceptron",
+        "conv",
+    ]
 
 
 class Tiny(torch.nn.Module):

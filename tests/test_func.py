@@ -52,6 +52,8 @@ CALLS = {
     "normalize": (lambda x: fused.normalize(x, dim=-1), ""),
     "rotary_embedding": (rotated(fused.rotary_embedding), ""),
     "qk_norm_rope": (rotated(lambda q, k, v, w, cos, sin: fused.qk_norm_rope(q, k, v, w, cos, sin)), "w b"),
+    "group_norm": (lambda x, w, b: fused.group_norm(x.reshape(-1, 8), 2, w, b, activation="silu").view(x.shape), "w b"),
+    "layer_norm_2d": (lambda x, w, b: fused.layer_norm_2d(x.reshape(-1, 4, 2, 1), w[:4], b[:4]).view(x.shape), "w b"),
     "cross_entropy": (of_labels, ""),
     "cross_entropy of images": (lambda x: of_labels(x[None])[0], ""),
     "mse_loss": (lambda x: fused.mse_loss(x, x.cos(), reduction="none"), ""),
@@ -205,7 +207,7 @@ def test_no_transform_knows_of_others():
     grad(lambda x: fused.mse_loss(fused.swiglu(x), x[..., 4:]))(x)
     assert not fusegrad.stats()
     vmap(lambda x, w: fused.rms_norm(x, (8,), w))(x, w)
-    vmap(lambda x: fused.group_norm(x, 2))(make(3, 4, 8))
+    vmap(lambda x: fused.batch_norm(x, None, None, training=True))(make(3, 4, 8))
     vmap(lambda x: fused.mse_loss(x, x.cos()))(x)
     vmap(lambda x: fused.add_rms_norm(x, x, (8,), p=0.5), randomness="same")(x)
     tables = make(2, 4, 8), make(2, 4, 8)
@@ -214,7 +216,7 @@ def test_no_transform_knows_of_others():
     torch.func.functionalize(lambda x: fused.swiglu(x))(x)
     assert fusegrad.stats() == {
         ("rms_norm", "a parameter is vmapped"): 1,
-        ("group_norm", "vmap has no kernel"): 1,
+        ("batch_norm", "vmap has no kernel"): 1,
         ("mse_loss", "vmap of a reduced loss has no kernel"): 1,
         ("add_rms_norm", "vmap of a dropout has no kernel"): 1,
         ("rotary_embedding", "vmap has no kernel where each item has tables of its own"): 1,

@@ -100,7 +100,7 @@ class Function(torch.autograd.Function):
     @classmethod
     def vmap(cls, info, in_dims, *args):
         moved = [
-            to_front(a, d, info.batch_size) if isinstance(a, torch.Tensor) and i not in cls.params else a
+            _to_front(a, d, info.batch_size) if isinstance(a, torch.Tensor) and i not in cls.params else a
             for i, (a, d) in enumerate(zip(args, in_dims))
         ]
         return _transforms.apply(cls, *cls.deeper(moved, 1)), 0
@@ -119,7 +119,7 @@ class Function(torch.autograd.Function):
         params, rows = cls._needs(ctx, True), cls._needs(ctx, False)
         found = [None] * len(rows)
         if any(rows):
-            found = ctx.replace(needs_input_grad=rows, options=cls.deeper(ctx.options, len(samples)), batch=0).kernel_result(grads)
+            found = cls.of_rows(ctx.replace(needs_input_grad=rows, batch=0), samples, grads)
         if any(params):
             count, size = math.prod(samples), max(g.numel() for g in grads if g is not None)
             ctx = ctx.replace(needs_input_grad=params)
@@ -127,6 +127,11 @@ class Function(torch.autograd.Function):
             of_params = _one_by_one(ctx, samples, count, grads) if one_by_one else ctx.torch_result(grads)
             found = [r if p is None else p for p, r in zip(of_params, found)]
         return found
+
+    @classmethod
+    def of_rows(cls, ctx, samples: Sequence[int], grads: Sequence) -> list:
+        """The same of all but the parameters, by one call of the kernel."""
+        return ctx.replace(options=cls.deeper(ctx.options, len(samples))).kernel_result(grads)
 
     @classmethod
     def _needs(cls, ctx, params: bool) -> tuple:
@@ -147,7 +152,7 @@ def _one_by_one(ctx, samples, count, grads) -> list:
     return [None if parts[0] is None else torch.stack(parts).unflatten(0, samples) for parts in zip(*found)]
 
 
-def to_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+def _to_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
@@ -240,6 +245,39 @@ class _Call(SimpleNamespace):
         return [*found, *[None] * (len(self.needs_input_grad) - len(found))]
 
 
+class Joined(Function):
+    """Base of Functions whose kernels take a single dimension of items before that of the channels, or classes: a batch is joined to it.
+    The first argument, alone of channels or with items before them, says how many dimensions these are."""
+
+    @classmethod
+    def join(cls, i: int, t: torch.Tensor, n: int) -> torch.Tensor:
+        """Argument, or saved tensor, number i with its first n dimensions as one."""
+        return t.flatten(0, n - 1)
+
+    @classmethod
+    def part(cls, i: int, y: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Result number i with the sizes of those."""
+        return y.unflatten(0, sizes)
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        shared = [i in cls.params or not isinstance(a, torch.Tensor) for i, a in enumerate(args)]
+        moved = [a if s else _to_front(a, d, info.batch_size) for a, s, d in zip(args, shared, in_dims)]
+        sizes = moved[0].shape[: min(2, moved[0].dim() - 1)]
+        joined = [a if s else cls.join(i, a, len(sizes)) for i, (a, s) in enumerate(zip(moved, shared))]
+        results = _transforms.apply(cls, *joined)
+        return tuple(y if y is None else cls.part(i, y, sizes) for i, y in enumerate(results)), 0
+
+    @classmethod
+    def of_rows(cls, ctx, samples, grads):
+        x = ctx.saved_tensors[0]
+        sizes = x.shape[: min(len(samples) + 1, x.dim() - 1)]
+        saved = [t if t is None or i in cls.params else cls.join(i, t, len(sizes)) for i, t in enumerate(ctx.saved_tensors)]
+        grads = [g if g is None else g.flatten(0, len(sizes) - 1) for g in grads]
+        found = ctx.replace(saved_tensors=tuple(saved)).kernel_result(grads)
+        return [g if g is None else g.unflatten(0, sizes) for g in found]
+
+
 class _Backward(torch.autograd.Function):
     """A backward as an op: the kernel, and as its own derivative that of the torch code that is equal to it."""
 
@@ -284,7 +322,7 @@ class _Backward(torch.autograd.Function):
     def vmap(info, in_dims, call, *tensors):
         dims, params = in_dims[1:], call.fn.params
         if params is not None and all(dims[i] is None for i in params):
-            moved = [t if t is None or i in params else to_front(t, d, info.batch_size) for i, (t, d) in enumerate(zip(tensors, dims))]
+            moved = [t if t is None or i in params else _to_front(t, d, info.batch_size) for i, (t, d) in enumerate(zip(tensors, dims))]
             return _transforms.apply(_Backward, call.replace(batch=call.batch + 1), *moved), 0
 
         def f(*tensors):

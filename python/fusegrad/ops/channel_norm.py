@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._activations import activate, number
-from .._autograd import Function, differentiable
+from .._autograd import Function, Joined, differentiable
 from .._op import SHAPES, Op, Sample, autocast, check_constant, check_tensor, compiled, integer, overridable, real, wide, wide_dtype
 
 channel_norm_fwd = compiled("channel_norm_fwd")
@@ -65,9 +65,19 @@ def _(dy, x, w, b, r, mean, var, lost, groups, eps, activation, needed):
     return dx, dw if needed[1] else None, db if needed[2] else None, dr
 
 
-class GroupNormFn(Function):
+class GroupNormFn(Joined):
     op = "group_norm"
     reference = staticmethod(group_norm_reference)
+    params = (1, 2)
+
+    # The statistics are [3, N, groups], and [*, 3, N, groups] of a batch.
+    @classmethod
+    def join(cls, i, t, n):
+        return t.movedim(-3, 0).flatten(1, n) if i == 3 else super().join(i, t, n)
+
+    @classmethod
+    def part(cls, i, y, sizes):
+        return y.unflatten(1, sizes).movedim(0, -3) if i == 1 else super().part(i, y, sizes)
 
     @staticmethod
     def forward(x, w, b, groups, eps, activation):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _op, _transforms
-from .._autograd import Function, differentiable, to_front
+from .. import _op
+from .._autograd import Joined, differentiable
 from .._op import (
     SHAPES,
     Op,
@@ -72,7 +72,7 @@ def _(dloss, dlse, x, target, w, top, log_sum, divisor, ignore_index, smoothing,
     return x.new_empty(x.movedim(dim, -1).shape).movedim(-1, dim)
 
 
-class CrossEntropyFn(Function):
+class CrossEntropyFn(Joined):
     op = "cross_entropy"
     reference = staticmethod(cross_entropy_reference)
     params = (2,)
@@ -96,23 +96,6 @@ class CrossEntropyFn(Function):
     @classmethod
     def why_no_vmap(cls, tensors, options):
         return "vmap of a reduced loss has no kernel" if options[5] else None
-
-    # Classes are in the second dimension if there are two, so that a batch is joined to the first one.
-    @classmethod
-    def vmap(cls, info, in_dims, *args):
-        x, target = (to_front(t, d, info.batch_size) for t, d in zip(args[:2], in_dims))
-        n = 1 if x.dim() == 2 else 2
-        results = _transforms.apply(cls, x.flatten(0, n - 1), target.flatten(0, n - 1), *args[2:])
-        return tuple(y if y is None else y.unflatten(0, x.shape[:n]) for y in results), 0
-
-    @classmethod
-    def of_samples(cls, call, samples, *grads):
-        x, target, w, top, log_sum, divisor = call.saved_tensors
-        n = max(len(samples), min(len(samples) + 1, x.dim() - 1))
-        x_, target, top, log_sum, *grads = (t if t is None else t.flatten(0, n - 1) for t in (x, target, top, log_sum, *grads))
-        call = call.replace(saved_tensors=(x_, target, w, top, log_sum, divisor), batch=0)
-        dx, *others = call.kernel_result(grads)
-        return [dx if dx is None else dx.unflatten(0, x.shape[:n]), *others]
 
     def inputs(ctx):
         *inputs, _, _, divisor = ctx.saved_tensors  # once: a checkpoint allows no more
