@@ -41,6 +41,14 @@ def functors(family):
     return family if family in own else own[0]
 
 
+def test_nobody_waits_for_a_device():
+    """What asks a tensor for a number says in the same line that the tensor is on the CPU."""
+    files = [*CSRC.rglob("*.cpp"), *CSRC.rglob("*.h"), *(PACKAGE / "ops").glob("*.py"), PACKAGE / "_op.py", PACKAGE / "_autograd.py"]
+    waits = re.compile(r"\.item\(|\.item<|\.tolist\(|\.cpu\(|\.nonzero\(|local_scalar_dense|synchronize\(")
+    found = [(path.name, line.strip()) for path in files for line in path.read_text().splitlines() if waits.search(line)]
+    assert found and all("is_cpu()" in line for _, line in found), found
+
+
 @each_op
 def test_an_op_is_its_own_files(op):
     for family in kernel_families(op):
