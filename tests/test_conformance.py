@@ -1,9 +1,6 @@
 """Every property of the contract × every op of the table × its samples × dtypes: those that any op can have are fusegrad.testing's,
 those that only the table knows of are here."""
 
-import resource
-from pathlib import Path
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -376,25 +373,6 @@ def test_frozen_parameters_cost_nothing(op):
 @each_op
 def test_calls_leave_nothing_behind(op):
     properties.results_leave_nothing_behind(op, Sample("", op.bench(Make(), 8, 16)))
-
-
-def held():
-    """Bytes that the process, or its GPU, holds."""
-    if DEVICE == "cuda":
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-@each_op
-def test_memory_after_1000_forward_only_calls_is_flat(op):
-    """A graph that nobody walks back goes with its results: one that stayed would be 64 KB a call."""
-    sample, _ = with_grad(op, Sample("", op.bench(Make(), 64, 256)))
-    for _ in range(100):
-        call(op, sample)
-    before = held()
-    for _ in range(1000):
-        call(op, sample)
-    assert held() - before < 8 << 20
 
 
 @each_op

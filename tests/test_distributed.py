@@ -438,6 +438,8 @@ def e3_refusals(rank, world):
     copied, bias = (distribute_tensor(t, mesh, [p]) for t, p in ((torch.randn(8, 8), Replicate()), (torch.randn(8), Shard(0))))
     biases = bias.redistribute(mesh, [Replicate()])
     biased = "linear_token_log_probs: linear_bias must not be sharded (gather it first"
+    number = fused.linear(copied, biases, torch.tensor(1.0))
+    close(whole(number), fused.linear(whole(copied), whole(biases), torch.tensor(1.0)))
     for case, text in (
         (lambda: fused.linear_token_log_probs(x, copied, labels, linear_bias=bias), biased),
         (lambda: fused.linear_cross_entropy(x, copied, labels, linear_bias=bias), biased.replace("token_log_probs", "cross_entropy")),
@@ -454,6 +456,7 @@ def e3_refusals(rank, world):
         (lambda: fused.linear(x, copied, torch.ones(8), activation="silu"), "linear: all tensors must be DTensors if one is"),
         (lambda: fused.linear(unknown, copied), "linear: a DTensor must be placed by Shard, Replicate or Partial, got"),
         (lambda: fused.linear(x, elsewhere), "linear: all tensors must be on the mesh"),
+        (lambda: fused.linear(x, copied, torch.ones(1, 8)), "linear: all tensors must be DTensors if one is"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(text)):
             case()

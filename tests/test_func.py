@@ -237,6 +237,25 @@ def test_some_arguments_alone():
             same([g[i] for g in found], plain(lambda g, u: fused.swiglu(g, u).sin().sum(), *one))
 
 
+@pytest.mark.parametrize("dims", ((0, 0), (None, 0), (1, -1), (0, None)), ids=str)
+@pytest.mark.parametrize("shape", ((3, 8), (8,), (3, 8, 2)), ids=str)
+def test_labels_of_each_sample(shape, dims):
+    """Cross entropy of classes with weights: logits and labels vmapped along any dimension, or one of them alone."""
+    labels_shape = (*shape[:-1][:1], *shape[2:])
+    x, w = make(*((5, *shape) if dims[0] is not None else shape)), make(8).abs()
+    labels = torch.randint(8, (5, *labels_shape) if dims[1] is not None else labels_shape, generator=torch.Generator().manual_seed(1))
+
+    def loss(x, labels):
+        return fused.cross_entropy(x, labels, w, reduction="none", label_smoothing=0.1, ignore_index=3).sin().sum()
+
+    of_x, of_labels = (t if d is None else t.movedim(0, d) for t, d in zip((x, labels), dims))
+    found = vmap(grad(loss), dims)(of_x, of_labels)
+    assert not fusegrad.stats()
+    for i in range(5):
+        one = (x[i] if dims[0] is not None else x), (labels[i] if dims[1] is not None else labels)
+        same(found[i], plain(lambda x: loss(x, one[1]), one[0])[0])
+
+
 def test_ensembles():
     """Stacked models, and per-sample gradients of each."""
     torch.manual_seed(3)

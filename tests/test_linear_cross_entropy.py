@@ -359,5 +359,7 @@ def test_labels_of_8_bits():
     x, w, target = torch.randn(6, 8), torch.randn(5, 8), torch.randint(5, (6,))
     for f in (fused.linear_cross_entropy, fused.linear_token_log_probs):
         assert torch.equal(f(x, w, target.byte()), f(x, w, target))
+    for f in (fused.cross_entropy, fused.vocab_parallel_cross_entropy):
+        assert torch.equal(f(x, target.byte()), f(x, target))
     with pytest.raises(RuntimeError, match=r"linear_cross_entropy: target must be int64 \(class indices\), got torch.int32"):
         fused.linear_cross_entropy(x, w, target.int())

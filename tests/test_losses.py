@@ -75,6 +75,19 @@ def test_bce_weights(weights, reduction):
     compare(*both("binary_cross_entropy_with_logits", x, t, w, reduction=reduction, pos_weight=p), [x, t])
 
 
+@pytest.mark.parametrize("weight", (1e-3, 1e-6, 1e6))
+@pytest.mark.parametrize("target", (0.0, 0.5, 1.0))
+def test_bce_keeps_the_digits_of_any_weight(target, weight):
+    """In the gradient of a positive that was missed by far, too."""
+    x = torch.tensor([-30.0, -5.0, -1.0, 0.5, 3.0], device=DEVICE, requires_grad=True)
+    t, w = torch.full_like(x, target), torch.tensor(weight, device=DEVICE)
+    found = fused.binary_cross_entropy_with_logits(x, t, reduction="none", pos_weight=w)
+    exact = [v.detach().double().requires_grad_() for v in (x, t, w)]
+    expected = F.binary_cross_entropy_with_logits(exact[0], exact[1], reduction="none", pos_weight=exact[2])
+    of_found, of_expected = (torch.autograd.grad(y.sum(), v)[0] for y, v in ((found, x), (expected, exact[0])))
+    torch.testing.assert_close((found.double(), of_found.double()), (expected, of_expected), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("alpha, gamma", ((0.25, 2.0), (-1, 2), (0.9, 0.0), (0.5, 1.0), (0.3, 3.5), (0.0, 0.5)))
 def test_focal_is_the_eager_formula(alpha, gamma, reduction):

@@ -42,7 +42,8 @@ def functors(family):
 
 
 def test_nobody_waits_for_a_device():
-    """What asks a tensor for a number says in the same line that the tensor is on the CPU."""
+    """Calls that read a tensor's numbers stand in one line with the question whether it is on the CPU. (Of `if tensor:` and masks as
+    indices only torch.cuda.set_sync_debug_mode knows, on a GPU: test_cuda.py.)"""
     files = [*CSRC.rglob("*.cpp"), *CSRC.rglob("*.h"), *(PACKAGE / "ops").glob("*.py"), PACKAGE / "_op.py", PACKAGE / "_autograd.py"]
     waits = re.compile(r"\.item\(|\.item<|\.tolist\(|\.cpu\(|\.nonzero\(|local_scalar_dense|synchronize\(")
     found = [(path.name, line.strip()) for path in files for line in path.read_text().splitlines() if waits.search(line)]

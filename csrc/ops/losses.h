@@ -5,8 +5,8 @@
 //   huber      (x - t)^2 / 2 up to |x - t| = delta, beyond it         dx = (x - t) g, at most        dt = -dx
 //              delta (|x - t| - delta / 2)                            delta g in size
 //   smooth_l1  huber / beta with delta = beta; l1 if beta is 0
-//   bce        (1 - t) x + l + (v - 1) t l with l = log(1 + exp(-x)), dx = (s - t + (v - 1) t (s - 1)) g
-//              s = sigmoid(x) and a weight v of t = 1                 dt = ((v - 1) l - x) g
+//   bce        (1 - t) x + (v t + 1 - t) l, l = log(1 + exp(-x)),     dx = (v t (s - 1) + (1 - t) s) g
+//              s = sigmoid(x), with a weight v of t = 1               dt = ((v - 1) l - x) g
 //   focal      b u^gamma (bce with v = 1), u = s (1 - t) + (1 - s) t, b = alpha t + (1 - alpha) (1 - t), or 1 if alpha < 0
 //              dx = b (u^gamma (s - t) + bce gamma u^(gamma - 1) s (1 - s) (1 - 2 t)) g
 //              dt = (b (bce gamma u^(gamma - 1) (1 - 2 s) - x u^gamma) + (2 alpha - 1) bce u^gamma) g
@@ -92,8 +92,8 @@ struct Loss {
       case LossKind::huber: return select(far <= of<A>(a), of<A>(0.5) * d * d, of<A>(a) * (far - of<A>(0.5 * a)));
       case LossKind::smooth_l1: return select(far < of<A>(a), of<A>(0.5 / a) * d * d, far - of<A>(0.5 * a));
       case LossKind::bce: {
-        const A l = softplus(A(0) - x), y = bce(x, t, l);
-        return weighted ? fma((v - A(1)) * t, l, y) : y;
+        const A l = softplus(A(0) - x);
+        return bce(x, t, weighted ? fma(v, t, A(1) - t) * l : l);
       }
       case LossKind::focal: {
         const Logistic<A> l(x);
@@ -123,7 +123,7 @@ struct Loss {
       case LossKind::smooth_l1: dx = select(absolute(d) >= of<A>(a), sign, d * of<A>(1 / a)); break;
       case LossKind::bce: {
         const A s = sigmoid(x);
-        dx = weighted ? fma((v - A(1)) * t, s - A(1), s - t) : s - t;
+        dx = weighted ? fma(v * t, s - A(1), (A(1) - t) * s) : s - t;  // not by v - 1, in which a small v is lost
         dt = A(0) - x;
         if (of_t && weighted) dt = select(v == A(1), A(0), (v - A(1)) * softplus(A(0) - x)) - x;
         return;

@@ -245,7 +245,7 @@ class _Call(SimpleNamespace):
         return [*found, *[None] * (len(self.needs_input_grad) - len(found))]
 
 
-class Joined(Function):
+class BatchJoined(Function):
     """Base of Functions whose kernels take a single dimension of items before that of the channels, or classes: a batch is joined to it.
     The first argument, alone of channels or with items before them, says how many dimensions these are."""
 

@@ -109,6 +109,13 @@ def mesh_of(op: str, tensors: Sequence[Tensor | None]) -> DeviceMesh:
     return mesh
 
 
+def alike(op: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same as DTensors of one mesh, a plain number as the same one in every process."""
+    mesh = mesh_of(op, tensors)
+    everywhere = [Replicate()] * mesh.ndim
+    return [t if t is None or isinstance(t, DTensor) else DTensor.from_local(t, mesh, everywhere, run_check=False) for t in tensors]
+
+
 def _check(op: str, t: Tensor | None, mesh: DeviceMesh, may_be_a_number: bool) -> None:
     if t is None or (may_be_a_number and t.dim() == 0 and not t.requires_grad and not isinstance(t, DTensor)):
         return

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._activations import activate, number
-from .._autograd import Function, Joined, differentiable
+from .._autograd import BatchJoined, Function, differentiable
 from .._op import SHAPES, Op, Sample, autocast, check_constant, check_tensor, compiled, integer, overridable, real, wide, wide_dtype
 
 channel_norm_fwd = compiled("channel_norm_fwd")
@@ -65,7 +65,7 @@ def _(dy, x, w, b, r, mean, var, lost, groups, eps, activation, needed):
     return dx, dw if needed[1] else None, db if needed[2] else None, dr
 
 
-class GroupNormFn(Joined):
+class GroupNormFn(BatchJoined):
     op = "group_norm"
     reference = staticmethod(group_norm_reference)
     params = (1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _op
-from .._autograd import Joined, differentiable
+from .._autograd import BatchJoined, differentiable
 from .._op import (
     SHAPES,
     Op,
@@ -72,7 +72,7 @@ def _(dloss, dlse, x, target, w, top, log_sum, divisor, ignore_index, smoothing,
     return x.new_empty(x.movedim(dim, -1).shape).movedim(-1, dim)
 
 
-class CrossEntropyFn(Joined):
+class CrossEntropyFn(BatchJoined):
     op = "cross_entropy"
     reference = staticmethod(cross_entropy_reference)
     params = (2,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd import Joined, differentiable
+from .._autograd import BatchJoined, differentiable
 from .._op import SHAPES, Op, Sample, check_tensor, compiled, overridable, real, wide_dtype
 from .layer_norm import layer_norm_reference
 
@@ -29,7 +29,7 @@ def _(dy, x, w, b, mean, rstd, needed):
     return torch.empty_like(x) if needed[0] else None, dw if needed[1] else None, db if needed[2] else None
 
 
-class LayerNorm2dFn(Joined):
+class LayerNorm2dFn(BatchJoined):
     op = "layer_norm_2d"
     reference = staticmethod(layer_norm_2d_reference)
     params = (1, 2)

@@ -124,6 +124,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if bias is not None:
         check_tensor("linear", "bias", bias)
     act = number("linear", activation)
+    if any([t is not None and is_sharded(t) for t in (input, weight, bias)]):
+        from .. import _sharded
+
+        input, weight, bias = _sharded.alike("linear", (input, weight, bias))
     if autocast(input) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
@@ -140,10 +144,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
             raise RuntimeError(f"linear: bias must have shape {list(weight.shape[:-1])}, got {list(bias.shape)}")
         fall_back("linear", "bias broadcasts", input)
         return activate(F.linear(input, weight, bias), act)
-    if any([t is not None and is_sharded(t) for t in (input, weight, bias)]):  # torch knows which products need no communication
-        from .. import _sharded
-
-        _sharded.mesh_of("linear", (input, weight, bias))
+    if is_sharded(input):  # torch knows which products need no communication
         rows = input if input.dim() > 1 else input.unsqueeze(0)  # of one row torch's product has a wrong shape
         y = F.linear(rows, weight, bias) if act == _IDENTITY else bias_act(F.linear(rows, weight), bias, activation)
         return y if input.dim() > 1 else y.squeeze(0)

@@ -114,7 +114,7 @@ def vocab_parallel_cross_entropy(
     Args:
         input: the logits `[N, C / W]` of this process, float32, float64, float16 or bfloat16, any layout. The process of rank r of W
             has the classes from r C / W on. Where W does not divide C, pad with logits of -inf (without label smoothing).
-        target: class indices `[N]` in [0, C), int64, the same on every process.
+        target: class indices `[N]` in [0, C), int64 (or uint8), the same on every process.
         group: the processes; None is all of them, or this one alone where `torch.distributed` is not set up.
         ignore_index, reduction, label_smoothing, z_loss, logit_softcap, logit_scale, return_lse: see `cross_entropy`.
 
@@ -145,7 +145,7 @@ def vocab_parallel_cross_entropy(
     if target.shape != input.shape[:1]:
         expected = f"one class per item, shape {list(input.shape[:1])} for input {list(input.shape)}"
         raise ValueError(f"{op}: target must have {expected}, got {list(target.shape)}")
-    if target.dtype != torch.int64:
+    if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"{op}: target must be int64 (class indices), got {target.dtype}")
     reduction_of(op, reduction)
     numbers = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale)
@@ -155,7 +155,7 @@ def vocab_parallel_cross_entropy(
         if rank < 0:
             raise ValueError(f"{op}: group must have this process in it, got one of {world} others")
     loss, lse = VocabParallelCrossEntropyFn.call(
-        (input, target), group, rank, world, ignore_index, *numbers, reduction != "none", reduction == "mean", return_lse, outputs=2,
+        (input, target.long()), group, rank, world, ignore_index, *numbers, reduction != "none", reduction == "mean", return_lse, outputs=2,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
 
