@@ -252,8 +252,8 @@ def test_labels_of_each_sample(shape, dims):
     found = vmap(grad(loss), dims)(of_x, of_labels)
     assert not fusegrad.stats()
     for i in range(5):
-        one = (x[i] if dims[0] is not None else x), (labels[i] if dims[1] is not None else labels)
-        same(found[i], plain(lambda x: loss(x, one[1]), one[0])[0])
+        one, its_labels = (t if d is None else t[i] for t, d in zip((x, labels), dims))
+        same(found[i], plain(lambda x, labels=its_labels: loss(x, labels), one)[0])
 
 
 def test_ensembles():

@@ -196,8 +196,9 @@ class MapCpu {
 
   void slice(int64_t s) const {
     const int64_t cols = args.extent.cols, first = s * kBlock, end = std::min(first + kBlock, args.extent.rows * cols);
-    // Rows over whose ends no vector reaches are read where they lie, unless they are so short that each one's beginning counts:
-    // mse_loss of strided rows of 32 took 1.3 times as long, of 128 and more 0.8 of the time.
+    // Rows over whose ends no vector reaches are read where they lie, unless they are so short that the beginning of each counts.
+    // mse_loss of strided bfloat16, ns an element: rows of 1024 in place 0.18 (contiguous 0.16), of 256 0.25; brought together rows
+    // of 128 0.44, of 32 0.62, which took 1.3 times as long in place.
     bool in_place = args.extent.rows == 1 || (cols % kChunk == 0 && cols >= kLong);
     for (int i = 0; i < Op::in; ++i) in_place &= args.in[i].col == 1;
     for (int i = 0; i < Op::mixed; ++i) in_place &= !args.mixed[i].data || args.mixed[i].col <= 1;
