@@ -87,7 +87,9 @@ def test_bce_keeps_the_digits_of_any_weight(target, weight):
         return torch.autograd.grad(loss, x)[0].double()
 
     found = gradient(fused.binary_cross_entropy_with_logits, x)
-    torch.testing.assert_close(found, gradient(F.binary_cross_entropy_with_logits, exact), rtol=2e-6, atol=0)
+    expected = gradient(F.binary_cross_entropy_with_logits, exact)
+    # Element by element: the error budget is relative to the largest one, beside which all digits of a small one could be wrong.
+    torch.testing.assert_close(found, expected, rtol=16 * torch.finfo(x.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
