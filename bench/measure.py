@@ -199,6 +199,13 @@ def spread(times) -> dict:
     return dict(median=statistics.median(times), low=low, high=high)
 
 
+def by_rounds(own, others) -> dict:
+    """fusegrad's time over another side's, turn by turn: what disturbs the machine for longer than a turn is in both. The median, and
+    the range, which quartiles of a few turns are too narrow for: half of all turns are outside of them."""
+    found = [a / b for a, b in zip(own, others)]
+    return dict(median=statistics.median(found), low=min(found), high=max(found))
+
+
 class Clock:
     """Seconds of one call of a function of no arguments: n calls at a time, on the clock of the device.
 
@@ -312,4 +319,6 @@ def measure(op, dtype, rows, cols, layout, sides, args) -> dict:
             cell["sides"][name][phase] = s = spread(times[name])
             s["GB_s"] = moved[phase] / s["median"] / 1e9
             s["percent_of_copy"] = 100 * copied["median"] / s["median"]
+            if phase == "both" and name != "fusegrad" and "fusegrad" in times:
+                s["ratio"] = by_rounds(times["fusegrad"], times[name])
     return cell

@@ -38,8 +38,8 @@ def short(cells):
     """What falls short, by op: cells that are not won, host costs; and the sides that cells were not compared with."""
     above, host, refused = {}, {}, {}
     for cell in cells:
-        if (ratio := report.ratio(cell) or 0) > 0.95:
-            above.setdefault(cell["op"], {}).setdefault(cell["dtype"], []).append(f"{report.shape(cell, ' × ')}: {ratio:.2f}")
+        if (report.ratio(cell) or 0) > 0.95:
+            above.setdefault(cell["op"], {}).setdefault(cell["dtype"], []).append(f"{report.shape(cell, ' × ')}: {report.ratio_text(cell)}")
         for phase, own, best in report.host_excess(cell):
             host.setdefault(cell["op"], {})[cell["dtype"], phase] = f"{own:.0f} against {best:.0f}"
         for side, s in cell["sides"].items():
@@ -47,7 +47,7 @@ def short(cells):
                 what = s["wrong"].partition(": relative")[0]
                 refused.setdefault((cell["op"], side, what), []).append(f"{cell['dtype']} {report.shape(cell, ' × ')}")
     dtypes = ("float32", "bfloat16")
-    title = "The cells above 0.95"
+    title = "The cells above 0.95, and the range over the rounds where the run has it"
     yield from folded(title, ("op", *dtypes), [(op, *(", ".join(of.get(d, ())) for d in dtypes)) for op, of in above.items()])
     title = f"Calls with the smallest shape more than {report.HOST_MARGIN} µs above the better of eager code and torch's own function"
     columns = [(d, phase) for d in dtypes for phase in report.HOST_PHASES]

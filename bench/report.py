@@ -51,6 +51,14 @@ def ratio(cell):
     return own["both"]["median"] / best[1] if own and best else None
 
 
+def ratio_text(cell) -> str:
+    """That, and the range of it over the rounds where the run has it."""
+    if (r := ratio(cell)) is None:
+        return ""
+    range_ = cell["sides"][best_other(cell)[0]]["both"].get("ratio")
+    return f"{r:.2f}" + (f" ({range_['low']:.2f} – {range_['high']:.2f})" if range_ else "")
+
+
 def of_copy(cell):
     own = timed(cell).get("fusegrad")
     return own and own["both"]["median"] / cell["copy"]["both"]["median"]
@@ -90,14 +98,14 @@ def slower_than(cell, twin) -> bool:
 
 def summary(result) -> dict:
     cells = result["cells"]
-    ratios = {name(c): r for c in cells if (r := ratio(c)) is not None}
+    ratios = [(c, r) for c in cells if (r := ratio(c)) is not None]
     large = [c for c in cells if from_memory(c, result["machine"]) and of_copy(c)]
     moved = [c for c in large if not c["gemm"]]  # a product of matrices takes as long as its arithmetic
     named = {name(c): c for c in cells}
     pairs = [(c, named.get(name(c | dict(dtype="float32")))) for c in cells if c["dtype"] == "bfloat16" and not c["gemm"]]
     return dict(
-        ratio=geometric_mean(ratios.values()),
-        above=[f"{k}: {r:.2f}" for k, r in ratios.items() if r > 0.95],
+        ratio=geometric_mean(r for _, r in ratios),
+        above=[f"{name(c)}: {ratio_text(c)}" for c, r in ratios if r > 0.95],
         of_copy=geometric_mean(map(of_copy, moved)),
         of_copy_with_products=geometric_mean(map(of_copy, large)),
         cells=len(ratios),
@@ -117,7 +125,7 @@ def over_copy(s) -> str:
 
 
 def beside(new, old):
-    """(time over the older one, whether their quartiles overlap)."""
+    """(what was measured over the older one, whether what is quoted around the two medians overlaps)."""
     return new["median"] / old["median"], new["low"] <= old["high"] and old["low"] <= new["high"]
 
 
@@ -138,6 +146,16 @@ def over_old(result, old):
     return found
 
 
+def ratios_over_old(result, old):
+    """The same of fusegrad's ratio to the best that torch has now, whose ranges are those of the rounds, of cells of which both have it."""
+    before = {name(c): timed(c) for c in old["cells"]}
+    for cell in result["cells"]:
+        if best := best_other(cell):
+            now, was = (sides.get(best[0], {}).get("both", {}).get("ratio") for sides in (timed(cell), before.get(name(cell), {})))
+            if now and was:
+                yield beside(now, was)
+
+
 def findings(result, old=None) -> list[tuple[str, list[str] | None]]:
     """What a run has shown, as sentences, and with those that name cells their list."""
     s, m = summary(result), result["machine"]
@@ -153,9 +171,10 @@ def findings(result, old=None) -> list[tuple[str, list[str] | None]]:
         ("  ".join(f"{k}: {v}" for k, v in m.items()), None),
     ]
     if old:
-        times = over_old(result, old).values()
-        alike = f"{sum(same for _, same in times)} of {len(times)} times within the quartiles"
-        found.insert(0, (f"beside the older run: {alike}, geometric mean {geometric_mean(r for r, _ in times):.2f} of its times", None))
+        changes = (over_old(result, old).values(), "times", "the quartiles"), (list(ratios_over_old(result, old)), "ratios", "the rounds")
+        for each, what, around in changes:
+            alike = f"{sum(same for _, same in each)} of {len(each)} {what} within {around}"
+            found.insert(0, (f"beside the older run: {alike}, geometric mean {geometric_mean(r for r, _ in each):.2f} of its {what}", None))
     return found
 
 
@@ -183,11 +202,11 @@ def rows(result, old=None):
             if "wrong" in s:
                 yield first, side, "wrong", *[""] * (len(header(old)) - 3)
                 continue
-            both, r = s["both"], ratio(cell) if side == "fusegrad" else None
+            both = s["both"]
             line = (first, side, ms(s["forward"]["median"]), ms(s["backward"]["median"]), ms(both["median"]))
             line += (f"{ms(both['low'])} – {ms(both['high'])}", f"{both['GB_s']:.1f}", f"{both['percent_of_copy']:.0f}")
             host = [f"{us:.0f}" for phase in HOST_PHASES if (us := host_us(cell, side, phase))]
-            line += (f"{s['saved'] / 1e6:.2f}", f"{s['peak'] / 1e6:.2f}", " / ".join(host), "" if r is None else f"{r:.2f}")
+            line += (f"{s['saved'] / 1e6:.2f}", f"{s['peak'] / 1e6:.2f}", " / ".join(host), ratio_text(cell) if side == "fusegrad" else "")
             if old:
                 line += (change(found) if (found := changes.get((name(cell), side))) else "",)
             yield line

@@ -1,8 +1,8 @@
 """Every op of the table beside eager code, torch's own function, torch.compile and the peers that are installed, in one run.
 
-The sides take turns on the same inputs, which rotate through more than the last-level cache; medians and quartiles are quoted, beside
-the speed of a copy of as many bytes in the same run. A side whose result on these very inputs is wrong is not timed. All figures are
-in a JSON file, which grows cell by cell, and an HTML page.
+The sides take turns on the same inputs, which rotate through more than the last-level cache; medians and quartiles are quoted, of the
+ratio to the best other side the range over the rounds, beside the speed of a copy of as many bytes in the same run. A side whose result
+on these very inputs is wrong is not timed. All figures are in a JSON file, which grows cell by cell, and an HTML page.
 
     python bench/run.py                               the whole table
     python bench/run.py --quick --ops rms_norm        a minute's look

@@ -86,6 +86,7 @@ def test_g5_every_figure_of_a_small_run(tmp_path):
     old = tmp_path / "new" / "r.json"
     again = bench(*QUICK, *own, "--ops", "swiglu", "--compare", old, "--json", old, "--html", tmp_path / "r.html")
     assert again.returncode == 0 and "over old" in again.stdout and "of 4 times within the quartiles" in again.stdout
+    assert "of 2 ratios within the rounds" in again.stdout
     assert len(json.loads(old.read_text())["cells"]) == 2  # written over only after it was read
 
 
@@ -509,6 +510,29 @@ def test_the_layout_is_part_of_what_a_cell_is():
     assert not list(readme.where_there_is(result | dict(cells=[plain]), None))
     assert not report.over_old(dict(cells=[strided]), dict(cells=[plain]))
     assert report.over_old(dict(cells=[strided]), dict(cells=[strided])).keys() == {(report.name(strided), s) for s in ("fusegrad", "peer")}
+
+
+def test_the_range_of_a_ratio_over_the_rounds():
+    """Round by round, so that what slows down both sides changes nothing; and whether two runs agree in it."""
+    assert measure.by_rounds([1.0, 8.0, 3.0], [2.0, 16.0, 4.0, 9.0]) == dict(median=0.5, low=0.5, high=0.75)
+    cell = measured(OPS["exp"], torch.exp)
+    cell["sides"]["native"] = native = cell["sides"].pop("peer")
+    low, high = (native["both"]["ratio"][k] for k in ("low", "high"))
+    assert 0 < low <= report.ratio(cell) <= high and "ratio" not in cell["sides"]["fusegrad"]["both"]
+    assert report.ratio_text(cell) == f"{report.ratio(cell):.2f} ({low:.2f} – {high:.2f})"
+    (line, _), old = report.rows(dict(cells=[cell])), copy.deepcopy(cell)
+    assert line[report.HEADER.index("ratio")] == report.ratio_text(cell)
+
+    def agree():
+        return list(report.ratios_over_old(dict(cells=[cell]), dict(cells=[old])))
+
+    assert agree() == [(1, True)]
+    was = old["sides"]["native"]["both"]["ratio"]
+    was |= {k: 2 * high for k in was}
+    assert agree() == [(native["both"]["ratio"]["median"] / (2 * high), False)]
+    old["sides"]["native"]["both"].pop("ratio")  # as older results are
+    assert agree() == [] and report.ratio_text(old) == f"{report.ratio(old):.2f}"
+    assert report.ratio_text(dict(cell, sides={})) == ""
 
 
 def test_host_costs_are_a_column():
