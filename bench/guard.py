@@ -1,6 +1,6 @@
 """That the CPU kernels still compute in vectors: a look at their object code, which needs no clock.
 
-    python bench/guard.py [VARIANT ...]        avx2, avx512 (default: those that were built)
+    python bench/guard.py [VARIANT ...]        avx2, avx512 (default: both, and without the latter where FUSEGRAD_AVX512 is 0)
 
 For every op and dtype of the CPU sources there must be inner loops that compute on the variant's widest registers and on nothing
 else, more than compute on single numbers alone (tails and sums over a vector do), and in none may the single numbers outnumber the
@@ -8,6 +8,7 @@ vectors: a driver that a compiler stops vectorising, or whose inner loop falls b
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILT = ["avx2"] + ["avx512"] * (os.environ.get("FUSEGRAD_AVX512", "1") != "0")
 REGISTERS = {"avx2": "ymm", "avx512": "zmm", "default": "zmm"}
 DTYPES = ("double", "float", "c10::Half", "c10::BFloat16")
 ACTIVATIONS = re.findall(r"^  (\w+),$", (ROOT / "csrc/ops/activation.h").read_text(), re.M)  # as object files have them: by number
@@ -109,9 +111,9 @@ def examine(variant, paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", choices=[[], *REGISTERS], metavar="VARIANT")
-    variants = parser.parse_args().variants or [v for v in ("avx2", "avx512") if objects(v)]
-    if not variants:
-        sys.exit("guard.py: no objects of an AVX2 or AVX-512 build in build/: build first (make test does)")
+    variants = parser.parse_args().variants or BUILT
+    if missing := [v for v in variants if not objects(v)]:
+        sys.exit(f"guard.py: no objects of {', '.join(missing)} in build/: build first (make test does)")
     failed = False
     for variant in variants:
         kernels, complaints = examine(variant, objects(variant))

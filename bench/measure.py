@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -14,6 +15,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch_config
 from report import PHASES
 
 import fusegrad
@@ -22,6 +24,7 @@ from fusegrad._op import Sample
 from fusegrad._samples import Make
 from fusegrad.testing.budget import budget_breach, laid_out, reference
 
+ROTATION = 3  # times the last-level cache: of half as much again enough stayed in it to make a copy up to three times as fast
 MOST_SETS = 64  # of inputs: a call of which so many fit into a cache is timed in it, or for what it costs the host
 
 
@@ -48,6 +51,8 @@ def machine(args, peers=None) -> dict:
         date=str(date.today()),
         kind=args.device,
         device=torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        cores=os.cpu_count(),
+        memory_GB=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         capability=_C.cpu_capability(),
         threads=args.threads,
         last_level_cache_MB=last_level_cache(args.device, args.threads) / 2**20,
@@ -171,8 +176,9 @@ def peak_bytes(f, call, device) -> int:
 
 def wrong(op, name, f, call, exact=None) -> str | None:
     """Why a side's result on these inputs is not to be trusted: ours by the error budget, another's if its distance from
-    the float64 reference is more than 100 eps of the reference's norm (4 eps in 16 bits), since it may round in between. The
-    reference is kept in `exact`, a dict, for the next side."""
+    the float64 reference is more than 100 eps (4 eps in 16 bits), since it may round in between, of the reference's norm, or of
+    what must have cancelled in it for the same reference in float32 to be off as it is. Both references are kept in `exact`, a
+    dict, for the next side."""
     torch.manual_seed(17)  # as the table's calls do
     outputs, keys = call.forward(f), list(call.leaves)
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
@@ -186,11 +192,13 @@ def wrong(op, name, f, call, exact=None) -> str | None:
     limit = (4 if dtype.itemsize == 2 else 100) * torch.finfo(dtype).eps
     exact = {} if exact is None else exact
     if not exact:
-        exact.update(reference(op, sample, torch.float64, call.cotangents, keys))
-    for k, r in exact.items():
-        error, norm = (found[k].double() - r).norm(), r.norm()
-        if not error <= limit * norm:
-            return f"{k}: relative error {error / norm:.1e}"
+        narrow = reference(op, sample, torch.float32, call.cotangents, keys)
+        for k, r in reference(op, sample, torch.float64, call.cotangents, keys).items():
+            exact[k] = r, max(r.norm(), (narrow[k].double() - r).norm() / torch.finfo(torch.float32).eps)
+    for k, (r, size) in exact.items():
+        error = (found[k].double() - r).norm()
+        if not error <= limit * size:
+            return f"{k}: relative error {error / r.norm():.1e}"
     return None
 
 
@@ -222,7 +230,9 @@ class Clock:
         self.step, self.device = step, device
         self.timer, self.long = timeit.Timer(step), False
         once = self.seconds(1)
-        self.n, self.long = max(1, min(10_000, int(least / max(once, 1e-7)))), once > self.LONG
+        self.long = once > self.LONG
+        once = once if self.long else min(once, self.seconds(1), self.seconds(1))  # one alone may have been disturbed
+        self.n = min(10_000, math.ceil(least / max(once, 1e-7)))
 
     def seconds(self, n=None):
         n = n or self.n
@@ -250,8 +260,23 @@ def steps_of(f, calls, phase, graphs=MOST_SETS):
 
 
 def sets_of(size, cache) -> int:
-    """How many sets of so many bytes are half as much again as the cache holds."""
-    return max(1, min(-(-3 * cache // (2 * max(1, size))), MOST_SETS))
+    """How many sets of so many bytes are that much more than the cache holds."""
+    return max(1, min(math.ceil(ROTATION * cache / max(1, size)), MOST_SETS))
+
+
+def compile_anew():
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import, and without a compiled side never is
+        torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def kept_graphs():
+    """Within, torch.compile is for graphs whose backward runs more than once. Before and after it lets a backward write into what the
+    forward has kept, as it does for users."""
+    compile_anew()
+    with functorch_config.patch(donated_buffer=False):
+        yield
+    compile_anew()
 
 
 def copying(nbytes, device, cache):
@@ -276,11 +301,11 @@ def measure(op, dtype, rows, cols, layout, sides, args) -> dict:
     cell = dict(op=op.name, dtype=str(dtype).removeprefix("torch."), rows=rows, cols=cols, layout=layout, gemm=bool(op.gemm))
     cell |= dict(bytes=moved, rotated_bytes=sets * size, sides={name: {} for name in sides})
 
-    def of_those_that_work(f, *more):
+    def of_those_that_work(f, *more, first=0):
         """{side: f(side, *more)}; one that raises (a peer without a backward, a missing compiler) is not measured, and the others are."""
-        found = {}
-        for name, side in cell["sides"].items():
-            if "wrong" not in side:
+        found, (*names,) = {}, cell["sides"]
+        for name in names[first:] + names[:first]:
+            if "wrong" not in cell["sides"][name]:
                 try:
                     found[name] = f(name, *more)
                 except Exception as error:
@@ -294,6 +319,7 @@ def measure(op, dtype, rows, cols, layout, sides, args) -> dict:
         reason = wrong(op, name, f, first, exact)
         return dict(wrong=reason) if reason else dict(saved=saved_bytes(f, first), peak=peak_bytes(f, first, args.device))
 
+    compile_anew()
     cell["sides"] |= of_those_that_work(trial)
     exact.clear()
 
@@ -302,18 +328,19 @@ def measure(op, dtype, rows, cols, layout, sides, args) -> dict:
         graphs = sets_of(max(size, cell["sides"][name]["saved"]), cache)  # some keep more than their arguments
         return Clock(steps_of(sides[name], calls[at:] + calls[:at], phase, graphs), args.device)
 
+    def turn(name, clocks, times):
+        if sum(times[name]) < Clock.ENOUGH:
+            times[name].append(clocks[name].seconds())
+
     for phase in PHASES:
-        clocks = of_those_that_work(clock, phase)
-        copy_clock, copies = Clock(copying(moved[phase], args.device, cache), args.device), []
-        times = {name: [] for name in clocks}
-
-        def turn(name, clocks, times):
-            if sum(times[name]) < Clock.ENOUGH:
-                times[name].append(clocks[name].seconds())
-
-        for _ in range(args.rounds):
-            of_those_that_work(turn, clocks, times)
-            copies.append(copy_clock.seconds())
+        with kept_graphs() if phase == "backward" else contextlib.nullcontext():
+            clocks = of_those_that_work(clock, phase)
+            copy_clock, copies = Clock(copying(moved[phase], args.device, cache), args.device), []
+            times = {name: [] for name in clocks}
+            for i in range(args.rounds):  # of which each begins with another side
+                of_those_that_work(turn, clocks, times, first=i % len(sides))
+                copies.append(copy_clock.seconds())
+            del clocks
         cell.setdefault("copy", {})[phase] = copied = spread(copies)
         for name in of_those_that_work(times.get):
             cell["sides"][name][phase] = s = spread(times[name])

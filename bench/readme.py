@@ -10,19 +10,19 @@ import report
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# "figures" of all ops, with a summary; "figures of rms_norm layer_norm" of these.
+# "figures" of all ops, with a summary; "figures of rms_norm layer_norm" of these; "figures of training steps" of whole networks.
 PLACE = re.compile(r"(<!-- figures(?: of ([\w ]+))?: python bench/readme.py -->\n).*?(<!-- end of figures -->\n)", re.S)
 
 
-def newest(recycled=False):
+def newest(recycled=False, kind="cells"):
     """The longest CPU run of the last day, of those with recycled memory or of those without; None if there is none."""
 
     def asked_for(run):
         machine = run.get("machine", {})
-        return "cells" in run and machine.get("kind") != "cuda" and bool(machine.get("recycled_memory")) == recycled
+        return kind in run and machine.get("kind") != "cuda" and bool(machine.get("recycled_memory")) == recycled
 
     runs = {path: run for path in RESULTS.glob("*.json") if asked_for(run := json.loads(path.read_text()))}
-    return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path]["cells"])), default=None)
+    return max(runs, key=lambda path: (runs[path]["machine"]["date"], len(runs[path][kind])), default=None)
 
 
 def folded(title, head, lines):
@@ -37,17 +37,18 @@ def folded(title, head, lines):
 def short(cells):
     """What falls short, by op: cells that are not won, host costs; and the sides that cells were not compared with."""
     above, host, refused = {}, {}, {}
+    smallest = {op: min(c["rows"] * c["cols"] for c in cells if c["op"] == op) for op in {c["op"] for c in cells}}
     for cell in cells:
-        if (report.ratio(cell) or 0) > 0.95:
+        if (report.ratio(cell) or 0) > report.MOST:
             above.setdefault(cell["op"], {}).setdefault(cell["dtype"], []).append(f"{report.shape(cell, ' × ')}: {report.ratio_text(cell)}")
-        for phase, own, best in report.host_excess(cell):
+        for phase, own, best in report.host_excess(cell) if cell["rows"] * cell["cols"] == smallest[cell["op"]] else ():
             host.setdefault(cell["op"], {})[cell["dtype"], phase] = f"{own:.0f} against {best:.0f}"
         for side, s in cell["sides"].items():
             if "wrong" in s:
                 what = s["wrong"].partition(": relative")[0]
                 refused.setdefault((cell["op"], side, what), []).append(f"{cell['dtype']} {report.shape(cell, ' × ')}")
     dtypes = ("float32", "bfloat16")
-    title = "The cells above 0.95, and the range over the rounds where the run has it"
+    title = f"The cells above {report.MOST}, and the range over the rounds where the run has it"
     yield from folded(title, ("op", *dtypes), [(op, *(", ".join(of.get(d, ())) for d in dtypes)) for op, of in above.items()])
     title = f"Calls with the smallest shape more than {report.HOST_MARGIN} µs above the better of eager code and torch's own function"
     columns = [(d, phase) for d in dtypes for phase in report.HOST_PHASES]
@@ -74,7 +75,9 @@ def where_there_is(result, recycled):
     if found := [cell for cell in result["cells"] if report.layout(cell) == "row_strided"]:
         yield f"The inputs of {len(found)} cells (row_strided) are slices of wider rows; a copy that a side needs of them is in its time."
     if found := report.summary(result)["repeated"]:
-        yield f"{len(found)} cells were measured once more, as quartiles of a side were more than a factor of two apart."
+        still = len(report.summary(result)["still_unsteady"])
+        why = "as quartiles of a side were more than a factor of two apart"
+        yield f"{len(found)} cells were measured once more, {why}; of {still} they still are."
     if recycled:
         kernels = json.loads(recycled.read_text())
         s = report.summary(kernels)
@@ -86,7 +89,8 @@ def render(path, ops=(), recycled=None) -> str:
     result, kernels = (p and json.loads(p.read_text()) for p in (path, recycled))
     m, s, dtypes = result["machine"], report.summary(result), ("float32", "bfloat16")
     lines = [
-        f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['date']}:",
+        f"Forward + backward on {m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), {m['rounds']} rounds,",
+        f"{m['date']}, commit {m['commit'][:9]}:",
         "fusegrad's time over that of the best of eager code, torch's own function and `torch.compile`, geometric mean over the",
         "shapes, and in the shape where it does worst; percent of the speed of a copy of as many bytes, where the inputs come",
         "from memory.",
@@ -108,10 +112,14 @@ def render(path, ops=(), recycled=None) -> str:
     if ops:
         return "\n".join(lines) + "\n"
     slower = ", ".join(s["bfloat16_slower"]).replace(" bfloat16", "")
-    large = f"Time over that of a copy, where the inputs come from memory: geometric mean\n{report.over_copy(s)}. "
+    large = (
+        f"Time over that of a copy, where the inputs come from memory: geometric mean\n{report.over_copy(s)} (aimed at: {report.COPIES}). "
+    )
+    large += f"Those copies: {report.copy_speed(s)}.\n"
     lines += [
         "",
-        f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells, of which {len(s['above'])} are above 0.95.",
+        f"Geometric mean of the ratios: {s['ratio']:.2f} over {s['cells']} cells (aimed at: {report.TARGET}).",
+        f"Above {report.MOST} are {len(s['above'])} (aimed at: none); no call is handed to torch's function by its size.",
         f"{large if s['large_cells'] else ''}All figures: `bench/results/{path.name}`.",
         "More than 100% of copy is possible where a backward finds in the caches what its forward read, or where results in large pages,",
         "or stores past the caches, beat those of the copy.",
@@ -122,13 +130,32 @@ def render(path, ops=(), recycled=None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def training_steps(path) -> str:
+    result = json.loads(path.read_text())
+    m = result["machine"]
+    lines = [
+        f"{m['threads']} threads of {m['device']} ({m['capability']}, torch {m['torch']}), float32, {m['rounds']} rounds, {m['date']}:",
+        "",
+        "| network | torch.nn, ms | fusegrad, ms | ratio, and its range over the rounds |",
+        "|---|---|---|---|",
+    ]
+    for network in result["networks"]:
+        ms = (f"{network['sides'][side]['median'] * 1e3:.0f}" for side in ("native", "fusegrad"))
+        lines.append(f"| {' | '.join((network['what'], *ms, report.with_range(network['ratio'])))} |")
+    return "\n".join(lines) + "\n"
+
+
 def updated(text) -> str:
-    if (path := newest()) is None:
-        raise SystemExit(f"no results of a CPU run in {RESULTS}: make one by bench/run.py --json")
+    def found(kind):
+        if (path := newest(kind=kind)) is None:
+            raise SystemExit(f"no results of a CPU run in {RESULTS}: make one by bench/run.py --json")
+        return path
 
     def figures(place):
         begin, ops, end = place.groups()
-        return begin + render(path, (ops or "").split(), newest(recycled=True)) + end
+        if ops == "training steps":
+            return begin + training_steps(found("networks")) + end
+        return begin + render(found("cells"), (ops or "").split(), newest(recycled=True)) + end
 
     return PLACE.sub(figures, text)
 

@@ -5,11 +5,13 @@ import io
 import math
 import statistics
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.markup import escape as plain
 from rich.table import Table
 
 PHASES = ("forward", "backward", "both")
+TARGET, MOST, COPIES = 0.5, 0.95, 2  # what is aimed at: the mean ratio, the largest one, and the mean time over that of a copy
 OTHERS = ("eager", "native", "compile")
 SMALL = 4096  # elements, of the smallest shape of each op: next to nothing
 HOST_MARGIN = 8  # µs that a call on next to nothing may cost more than the better of eager and native
@@ -55,8 +57,12 @@ def ratio_text(cell) -> str:
     """That, and the range of it over the rounds where the run has it."""
     if (r := ratio(cell)) is None:
         return ""
-    range_ = cell["sides"][best_other(cell)[0]]["both"].get("ratio")
-    return f"{r:.2f}" + (f" ({range_['low']:.2f} – {range_['high']:.2f})" if range_ else "")
+    rounds = cell["sides"][best_other(cell)[0]]["both"].get("ratio")
+    return with_range(rounds | dict(median=r)) if rounds else f"{r:.2f}"
+
+
+def with_range(s) -> str:
+    return f"{s['median']:.2f} ({s['low']:.2f} – {s['high']:.2f})"
 
 
 def of_copy(cell):
@@ -90,6 +96,11 @@ def unsteady(cell) -> bool:
     return any(s["high"] > 2 * s["low"] for s in spreads)
 
 
+def long_phases(cell):
+    """The sides of which forward or backward alone took longer than both, beyond the spread: the memory came from elsewhere."""
+    return [f"{name(cell)} {side}" for side, s in timed(cell).items() if max(s[p]["low"] for p in PHASES[:2]) > s["both"]["high"]]
+
+
 def slower_than(cell, twin) -> bool:
     """Beyond the spread."""
     own, wide = (timed(c).get("fusegrad") for c in (cell, twin))
@@ -105,7 +116,7 @@ def summary(result) -> dict:
     pairs = [(c, named.get(name(c | dict(dtype="float32")))) for c in cells if c["dtype"] == "bfloat16" and not c["gemm"]]
     return dict(
         ratio=geometric_mean(r for _, r in ratios),
-        above=[f"{name(c)}: {ratio_text(c)}" for c, r in ratios if r > 0.95],
+        above=[f"{name(c)}: {ratio_text(c)}" for c, r in ratios if r > MOST],
         of_copy=geometric_mean(map(of_copy, moved)),
         of_copy_with_products=geometric_mean(map(of_copy, large)),
         cells=len(ratios),
@@ -114,6 +125,9 @@ def summary(result) -> dict:
         bfloat16_slower=[name(c) for c, twin in pairs if twin and slower_than(c, twin)],
         host=[f"{name(c)} {HOST_PHASES[phase]}: {own:.0f} against {other:.0f}" for c in cells for phase, own, other in host_excess(c)],
         repeated=[name(c) for c in cells if c.get("repeated")],
+        still_unsteady=[name(c) for c in cells if c.get("repeated") and unsteady(c)],
+        long_phases=[what for c in cells for what in long_phases(c)],
+        copy_GB_s=sorted(c["bytes"]["both"] / c["copy"]["both"]["median"] / 1e9 for c in large),
         wrong=[f"{name(c)} {side} ({s['wrong']})" for c in cells for side, s in c["sides"].items() if "wrong" in s],
     )
 
@@ -127,6 +141,12 @@ def over_copy(s) -> str:
 def beside(new, old):
     """(what was measured over the older one, whether what is quoted around the two medians overlaps)."""
     return new["median"] / old["median"], new["low"] <= old["high"] and old["low"] <= new["high"]
+
+
+def copy_speed(s) -> str:
+    """What a summary says of the copies themselves."""
+    speeds = s["copy_GB_s"]
+    return f"{statistics.median(speeds):.0f} GB/s, {speeds[0]:.0f} to {speeds[-1]:.0f}" if speeds else "none"
 
 
 def change(found) -> str:
@@ -156,25 +176,36 @@ def ratios_over_old(result, old):
                 yield beside(now, was)
 
 
+def differences(old, new) -> list[str]:
+    """Between two machine lines."""
+    return [f"{k}: {old.get(k)}, now {new.get(k)}" for k in new.keys() | old.keys() if k != "date" and old.get(k) != new.get(k)]
+
+
 def findings(result, old=None) -> list[tuple[str, list[str] | None]]:
     """What a run has shown, as sentences, and with those that name cells their list."""
     s, m = summary(result), result["machine"]
+    mean = f"geometric mean {s['ratio']:.2f} of {s['cells']} cells (aimed at: {TARGET})"
     found = [
-        (f"forward + backward over the best of eager, native and compile: geometric mean {s['ratio']:.2f} of {s['cells']} cells", None),
-        ("cells above 0.95", s["above"]),
-        (f"time over that of a copy, inputs coming from memory: geometric mean {over_copy(s)}", None),
+        (f"forward + backward over the best of eager, native and compile: {mean}", None),
+        (f"cells above {MOST}", s["above"]),
+        (f"time over that of a copy, inputs coming from memory: geometric mean {over_copy(s)} (aimed at: {COPIES})", None),
+        (f"speed of those copies: {copy_speed(s)}", None),
         ("bfloat16 slower than float32 beyond the spread, products of matrices aside", s["bfloat16_slower"]),
         (f"calls on next to nothing more than {HOST_MARGIN} µs above the better of eager and native", s["host"]),
         ("measured once more, as quartiles were more than a factor of two apart", s["repeated"]),
+        ("of which they still are", s["still_unsteady"]),
+        ("sides of which forward or backward alone took longer than both", s["long_phases"]),
         ("not timed", s["wrong"]),
         ("absent", [f"{peer} ({why})" for peer, why in result["absent"].items()]),
         ("  ".join(f"{k}: {v}" for k, v in m.items()), None),
     ]
     if old:
+        found.insert(0, ("measured otherwise than the older run", differences(old["machine"], m)))
         changes = (over_old(result, old).values(), "times", "the quartiles"), (list(ratios_over_old(result, old)), "ratios", "the rounds")
         for each, what, around in changes:
             alike = f"{sum(same for _, same in each)} of {len(each)} {what} within {around}"
-            found.insert(0, (f"beside the older run: {alike}, geometric mean {geometric_mean(r for r, _ in each):.2f} of its {what}", None))
+            mean = f", geometric mean {geometric_mean(r for r, _ in each):.2f} of its {what}" if each else ""
+            found.insert(0, (f"beside the older run: {alike}{mean}", None))
     return found
 
 
@@ -261,12 +292,13 @@ def percent_of_copy(cell, side):
 
 
 def plots(result):
-    """All ops beside each other, over the cells whose inputs come from memory; then each op, cell by cell and over its row length."""
+    """All ops beside each other, over the cells whose inputs come from memory; then each op, cell by cell, and these over the length
+    of their rows."""
     per_op = {}
     for cell in result["cells"]:
         per_op.setdefault(cell["op"], []).append(cell)
     sides = dict.fromkeys(side for c in result["cells"] for side in timed(c))
-    colors = {side: f"C{i}" for i, side in enumerate(sides)}
+    colors = dict(zip(sides, colormaps["tab20"].colors))
 
     def mean(op, side):
         found = [percent_of_copy(c, side) for c in per_op[op] if from_memory(c, result["machine"]) and side in timed(c)]
@@ -286,7 +318,8 @@ def plots(result):
         for side, color in here.items():
             per_length = {}
             for c in cells:
-                if side in timed(c) and (c["dtype"], layout(c)) == (cells[0]["dtype"], layout(cells[0])):
+                alike = (c["dtype"], layout(c)) == (cells[0]["dtype"], layout(cells[0]))
+                if side in timed(c) and alike and from_memory(c, result["machine"]):
                     per_length.setdefault(c["cols"], []).append(percent_of_copy(c, side))
             lengths = sorted(per_length)
             lines.plot(lengths, [statistics.fmean(per_length[n]) for n in lengths], marker="o", label=side, color=color)

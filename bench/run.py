@@ -31,7 +31,6 @@ import model
 import report
 import sides
 import torch
-import torch._functorch.config as functorch_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -124,11 +123,13 @@ def write(path, result):
 
 def check_same(path, old, new):
     """Ends a run that would not go on as the one before it did: their machine lines say how."""
-    for k, v in old.items():
-        if k not in ("date", "commit") and new.get(k) != v:
-            sys.exit(f"--resume: {path} was measured with {k} {v}, this run is with {new.get(k)}")
-    if not measure.code_is_that_of(old["commit"]):
-        sys.exit(f"--resume: {path} was measured at commit {old['commit'] or 'unknown'}, and the code is not the same since")
+    for k in old | new:
+        if k not in ("date", "commit") and new.get(k) != old.get(k):
+            sys.exit(f"--resume: {path} was measured with {k} {old.get(k)}, this run is with {new.get(k)}")
+    commit = old.get("commit") or "unknown"
+    if not measure.code_is_that_of(commit):
+        why = "which changes nobody knows" if commit.endswith("-dirty") else "and the code is not the same since"
+        sys.exit(f"--resume: {path} was measured at commit {commit}, {why}")
 
 
 def stop(*_):
@@ -150,7 +151,6 @@ def main():
     if args.recycle and not all(os.environ.get(k) == v for k, v in RECYCLED.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **RECYCLED})
     torch.set_num_threads(args.threads)
-    functorch_config.donated_buffer = False  # a compiled backward is called again on the same graph
     signal.signal(signal.SIGTERM, stop)
     console = Console(width=None if sys.stdout.isatty() else 190)
     installed, absent = ({}, {}) if args.model else sides.peers(args.device)
@@ -197,7 +197,7 @@ def main():
     args.html.write_text(report.html(result, args.old))
     console.print(*failed, f"{args.json}  {args.html}", sep="\n", highlight=False, markup=False)
     if interrupted:
-        console.print(f"interrupted: {len(cells)} of {len(wanted)} cells were measured")
+        console.print(f"interrupted: {len(cells.keys() & set(wanted))} of {len(wanted)} cells were measured")
         return 130
     return bool(failed) or any("wrong" in cell["sides"].get("fusegrad", {}) for cell in result["cells"])
 

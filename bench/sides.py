@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from eager import WRITTEN
 
 import fusegrad
 
@@ -13,23 +14,17 @@ PEERS = sorted(p.stem for p in (Path(__file__).parent / "peers").glob("[a-z]*.py
 
 
 def eager(op):
-    def call(**kwargs):
+    """What users write; beside a function of torch's own, which they call instead, its formula, step by step."""
+
+    def formula(**kwargs):
         with fusegrad.use_reference():
             return op.functional(**kwargs)
 
-    return call
+    return WRITTEN.get(op.name, formula)
 
 
 def compiled(op):
-    """torch.compile of the reference, as a user would compile eager code; of torch's own function where there is one."""
-    torch._dynamo.reset()
-    f = torch.compile(op.torch or op.functional, dynamic=False)
-
-    def call(**kwargs):
-        with fusegrad.use_reference():
-            return f(**kwargs)
-
-    return call
+    return torch.compile(op.torch or WRITTEN[op.name], dynamic=False)
 
 
 def peers(device) -> tuple[dict, dict]:
