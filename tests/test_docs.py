@@ -94,7 +94,7 @@ def check_command(words):
     """That the files, targets and options which a command names are there."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name = words.pop(0).split("=")[0]
-        assert name in (ROOT / "setup.py").read_text(), name
+        assert any(name in path.read_text() for path in (ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp"))), name
     program, *rest = words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
