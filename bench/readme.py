@@ -78,6 +78,8 @@ def where_there_is(result, recycled):
         still = len(report.summary(result)["still_unsteady"])
         why = "as quartiles of a side were more than a factor of two apart"
         yield f"{len(found)} cells were measured once more, {why}; of {still} they still are."
+    if refused := sum(any("wrong" in s for s in cell["sides"].values()) for cell in result["cells"]):
+        yield f"In {refused} cells a side is not compared with, as its result there is wrong: they are listed below."
     if recycled:
         kernels = json.loads(recycled.read_text())
         s = report.summary(kernels)

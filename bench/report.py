@@ -5,8 +5,6 @@ import io
 import math
 import statistics
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from rich.markup import escape as plain
 from rich.table import Table
 
@@ -294,6 +292,12 @@ def percent_of_copy(cell, side):
 def plots(result):
     """All ops beside each other, over the cells whose inputs come from memory; then each op, cell by cell, and these over the length
     of their rows."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:  # on a machine with a GPU, which may have nothing but torch's needs: the figures are worth having without plots
+        yield "<p>No plots: there is no matplotlib.</p>"
+        return
     per_op = {}
     for cell in result["cells"]:
         per_op.setdefault(cell["op"], []).append(cell)

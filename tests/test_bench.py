@@ -457,6 +457,13 @@ def test_html(cache, plots):
     assert "page faults" in page
 
 
+def test_html_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    machine = dict(last_level_cache_MB=0, date="today", kind="cuda", recycled_memory=False)
+    page = report.html(dict(machine=machine, absent={}, cells=[measured(OPS["exp"], torch.exp)]))
+    assert "there is no matplotlib" in page and "<svg" not in page and "exp float32 4x8" in page
+
+
 def test_a_cell_that_cannot_be_measured_is_named_and_the_others_are(tmp_path):
     huge = f"4x{2**50}"
     done = bench(
@@ -514,6 +521,8 @@ def test_the_layout_is_part_of_what_a_cell_is():
     slices, again = readme.where_there_is(result, None)
     assert "inputs of 1 cells" in slices and "1 cells were measured once more" in again
     assert not list(readme.where_there_is(result | dict(cells=[plain]), None))
+    plain["sides"]["peer"] = dict(wrong="output 0")
+    assert list(readme.where_there_is(result | dict(cells=[plain]), None))[0].startswith("In 1 cells a side is not compared with")
     assert not report.over_old(dict(cells=[strided]), dict(cells=[plain]))
     assert report.over_old(dict(cells=[strided]), dict(cells=[strided])).keys() == {(report.name(strided), s) for s in ("fusegrad", "peer")}
 
