@@ -552,16 +552,15 @@ def test_the_range_of_a_ratio_over_the_rounds():
 
 @pytest.mark.parametrize("name", [op.name for op in OPS.values() if op.torch is None])
 def test_what_users_write_is_the_op_and_nothing_of_fusegrad(name, monkeypatch):
-    """In float64, where rounding does not matter; what draws at random, with nothing dropped and for its rate."""
+    """In float64, where rounding does not matter; what draws at random, with nothing dropped."""
     op, f = OPS[name], eager.WRITTEN[name]
     call = measure.prepare(op, torch.float64, 64, 40, "cpu", 0)
     if op.random:
         call.kwargs["p"] = 0.0
     expected = call.forward(op.functional)
     gradients = call.backward(expected)
-    monkeypatch.setattr(torch.nn.functional, "has_torch_function", None, raising=False)
     with monkeypatch.context() as m:
-        for module in [m for k, m in sys.modules.items() if k.partition(".")[0] == "fusegrad" and m is not None]:
+        for module in [module for k, module in sys.modules.items() if k.partition(".")[0] == "fusegrad" and module is not None]:
             for k, v in vars(module).items():
                 if callable(v) and not isinstance(v, type):
                     m.setattr(module, k, None)
@@ -742,7 +741,7 @@ def test_summary():
     with_product = report.summary(result | dict(cells=[*result["cells"], cell("float32", 16.0, gemm=True)]))
     assert report.over_copy(with_product) == "2.00 of 2 cells, 4.00 with the 1 cells of products of matrices"
     assert report.copy_speed(found) == "2 GB/s, 2 to 2" and report.copy_speed(dict(copy_GB_s=[])) == "none"
-    (apart,) = (cell("float32", 1.0) for _ in range(1))
+    apart = cell("float32", 1.0)
     apart["sides"]["eager"]["backward"] = dict(median=9.0, low=8.0, high=10.0)
     assert report.summary(result | dict(cells=[apart]))["long_phases"] == ["a float32 1x1 eager"]
     apart["sides"]["eager"]["backward"] |= dict(low=4.0)  # within the spread of both; but far apart in itself
