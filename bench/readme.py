@@ -54,6 +54,11 @@ def short(cells):
     columns = [(d, phase) for d in dtypes for phase in report.HOST_PHASES]
     head = ("op", *(f"{d}, {report.HOST_PHASES[phase]}, µs" for d, phase in columns))
     yield from folded(title, head, [(op, *(of.get(column, "") for column in columns)) for op, of in host.items()])
+    slower = {}
+    for cell, over in report.slower_in_bfloat16(cells):
+        slower.setdefault(cell["op"], []).append(f"{report.shape(cell, ' × ')}: {over:.2f}")
+    title = "The cells in which bfloat16 takes longer than float32, and how many times as long"
+    yield from folded(title, ("op", "shapes"), [(op, ", ".join(of)) for op, of in slower.items()])
     title = "Sides that were not timed, as their result is wrong"
     yield from folded(title, ("op", "side", "what", "cells"), [(*key, ", ".join(where)) for key, where in refused.items()])
 
@@ -113,7 +118,6 @@ def render(path, ops=(), recycled=None) -> str:
         lines.append(f"| {' | '.join(line)} |")
     if ops:
         return "\n".join(lines) + "\n"
-    slower = ", ".join(s["bfloat16_slower"]).replace(" bfloat16", "")
     large = (
         f"Time over that of a copy, where the inputs come from memory: geometric mean\n{report.over_copy(s)} (aimed at: {report.COPIES}). "
     )
@@ -126,7 +130,7 @@ def render(path, ops=(), recycled=None) -> str:
         "More than 100% of copy is possible where a backward finds in the caches what its forward read, or where results in large pages,",
         "or stores past the caches, beat those of the copy.",
         *where_there_is(result, recycled),
-        f"bfloat16 takes longer than float32, beyond the spread and products of matrices aside, in: {slower or 'no cell'}.",
+        f"bfloat16 takes longer than float32, beyond the spread and products of matrices aside, in {len(s['bfloat16_slower'])} cells.",
         *short(result["cells"]),
     ]
     return "\n".join(lines) + "\n"

@@ -99,10 +99,14 @@ def long_phases(cell):
     return [f"{name(cell)} {side}" for side, s in timed(cell).items() if max(s[p]["low"] for p in PHASES[:2]) > s["both"]["high"]]
 
 
-def slower_than(cell, twin) -> bool:
-    """Beyond the spread."""
-    own, wide = (timed(c).get("fusegrad") for c in (cell, twin))
-    return bool(own and wide) and own["both"]["low"] > wide["both"]["high"]
+def slower_in_bfloat16(cells):
+    """(bfloat16 cell, its time over that in float32) where that is more than the spread, products of matrices aside."""
+    named = {name(c): c for c in cells}
+    for cell in cells:
+        twin = named.get(name(cell | dict(dtype="float32"))) if cell["dtype"] == "bfloat16" and not cell["gemm"] else None
+        own, wide = (timed(c).get("fusegrad") if c else None for c in (cell, twin))
+        if own and wide and own["both"]["low"] > wide["both"]["high"]:
+            yield cell, own["both"]["median"] / wide["both"]["median"]
 
 
 def summary(result) -> dict:
@@ -110,8 +114,6 @@ def summary(result) -> dict:
     ratios = [(c, r) for c in cells if (r := ratio(c)) is not None]
     large = [c for c in cells if from_memory(c, result["machine"]) and of_copy(c)]
     moved = [c for c in large if not c["gemm"]]  # a product of matrices takes as long as its arithmetic
-    named = {name(c): c for c in cells}
-    pairs = [(c, named.get(name(c | dict(dtype="float32")))) for c in cells if c["dtype"] == "bfloat16" and not c["gemm"]]
     return dict(
         ratio=geometric_mean(r for _, r in ratios),
         above=[f"{name(c)}: {ratio_text(c)}" for c, r in ratios if r > MOST],
@@ -120,7 +122,7 @@ def summary(result) -> dict:
         cells=len(ratios),
         large_cells=len(moved),
         large_products=len(large) - len(moved),
-        bfloat16_slower=[name(c) for c, twin in pairs if twin and slower_than(c, twin)],
+        bfloat16_slower=[f"{name(c)}: {over:.2f}" for c, over in slower_in_bfloat16(cells)],
         host=[f"{name(c)} {HOST_PHASES[phase]}: {own:.0f} against {other:.0f}" for c in cells for phase, own, other in host_excess(c)],
         repeated=[name(c) for c in cells if c.get("repeated")],
         still_unsteady=[name(c) for c in cells if c.get("repeated") and unsteady(c)],

@@ -729,7 +729,7 @@ def test_summary():
         cells=2,
         large_cells=2,
         large_products=0,
-        bfloat16_slower=["a bfloat16 1x1"],
+        bfloat16_slower=["a bfloat16 1x1: 4.00"],
         host=[f"a bfloat16 1x1 {phase}: 4000010 against 4000000" for phase in ("forward", "forward + backward")],
         repeated=[],
         still_unsteady=[],
@@ -749,6 +749,7 @@ def test_summary():
     assert again["long_phases"] == [] and again["still_unsteady"] == ["a float32 1x1"]
     shown = "\n".join(readme.short(result["cells"]))
     assert "| a |  |  | 4000010 against 4000000 | 4000010 against 4000000 |" in shown
+    assert "| a | 1 × 1: 4.00 |" in shown
     old = dict(cells=[cell("float32", 2.0)])
     assert report.over_old(result, old) == {("a float32 1x1", "fusegrad"): (0.5, False), ("a float32 1x1", "eager"): (1.0, True)}
 
