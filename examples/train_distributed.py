@@ -13,8 +13,9 @@ it runs two processes on this machine; with a GPU for each by nccl, else on the 
 import argparse
 import os
 import sys
+import weakref
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 import torch.distributed as dist
@@ -90,14 +91,19 @@ def process(options):
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
-    train(options, device)
-    dist.barrier()  # nobody leaves while another still waits for it, and gloo's threads have let go of Python's tensors
+    last = train(options, device)
+    dist.barrier()  # nobody leaves while another still waits for it
+    # A thread of gloo may hold what it has reduced for a while yet. Those of a group that parallelize_module has used outlive
+    # destroy_process_group: one that lets go of a tensor while Python ends takes the process down.
+    while not gpu and last() is not None:
+        sleep(0.001)
     # The model is gone by now. Were a DistributedDataParallel the last to hold the group, its end could wait for ever: with Python's
     # lock, for a thread of gloo that needs it.
     dist.destroy_process_group()
 
 
 def train(options, device):
+    """Gives a weak reference to the last tensor reduced."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     mesh = init_device_mesh(device.type, (world,))
@@ -119,6 +125,7 @@ def train(options, device):
             dist.all_reduce(total)
             if rank == 0:
                 print(f"step {step}: loss {total.item() / world:.5f}, {perf_counter() - start:.1f} s", flush=True)
+    return weakref.ref(total)
 
 
 def arguments():
