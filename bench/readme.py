@@ -88,7 +88,9 @@ def where_there_is(result, recycled):
     if recycled:
         kernels = json.loads(recycled.read_text())
         s = report.summary(kernels)
-        yield f"Kernels alone, {kernels['machine']['date']}: {s['ratio']:.2f} over {s['cells']} cells, `bench/results/{recycled.name}`."
+        shapes = ", ".join(dict.fromkeys(f"{c['rows']} × {c['cols']}" for c in kernels["cells"]))
+        yield f"Kernels alone, {kernels['machine']['date']}: {s['ratio']:.2f} over {s['cells']} cells ({shapes}),"
+        yield f"`bench/results/{recycled.name}`."
 
 
 def render(path, ops=(), recycled=None) -> str:
