@@ -83,6 +83,11 @@ def where_there_is(result, recycled):
         still = len(report.summary(result)["still_unsteady"])
         why = "as quartiles of a side were more than a factor of two apart"
         yield f"{len(found)} cells were measured once more, {why}; of {still} they still are."
+    later = {}
+    for cell in result["cells"]:
+        if "commit" in cell:
+            later.setdefault(cell["commit"], {})[cell["op"]] = None
+    yield from (f"The cells of {', '.join(ops)} were measured anew at commit {commit[:9]}." for commit, ops in later.items())
     if refused := sum(any("wrong" in s for s in cell["sides"].values()) for cell in result["cells"]):
         yield f"In {refused} cells a side is not compared with, as its result there is wrong: they are listed below."
     if recycled:

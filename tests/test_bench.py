@@ -684,6 +684,16 @@ def test_a_run_with_recycled_memory_is_a_column(tmp_path):
     assert re.search(r"^\| rms_norm \|.*\| 1\.00 \|$", readme.render(path, ["rms_norm"], tmp_path / "r.json"), re.M)
 
 
+def test_cells_of_another_commit_say_so(tmp_path):
+    result = json.loads(readme.newest().read_text())
+    for cell in result["cells"]:
+        cell.pop("commit", None)
+        cell |= dict(commit="0123456789abcdef") if cell["op"] == "exp" else {}
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    text = readme.render(tmp_path / "r.json")
+    assert [line for line in text.splitlines() if "anew" in line] == ["The cells of exp were measured anew at commit 012345678."]
+
+
 def test_the_tables_shown_are_of_the_newest_results():
     """In the README all ops, and in the pages of the docs each op on one."""
     shown = []

@@ -159,7 +159,11 @@ def test_kernels_say_their_name_to_the_profiler():
 
 @each_op
 def test_docstrings_are_complete(op):
-    text = inspect.getdoc(op.functional)
+    complete(op.functional)
+
+
+def complete(documented):
+    text = inspect.getdoc(documented)
     for heading in ("Args:", "Returns:", "Raises:", "Equivalent eager code::", "Saved for backward"):
         assert heading in text, heading
     assert re.search(r"Sources?:", text) and ".. math::" in text
@@ -171,6 +175,7 @@ def eager_code(documented):
 
 @pytest.mark.parametrize("mlp", [fusegrad.nn.MLP((3, 5, 4, 2)), fusegrad.nn.GatedMLP(3, 4)], ids=["MLP", "GatedMLP"])
 def test_docstring_code_is_the_module(mlp):
+    complete(type(mlp))
     scope = dict(mlp=mlp, x=torch.randn(7, 3), torch=torch)
     expected = mlp(scope["x"])
     exec(eager_code(type(mlp)), scope)

@@ -40,3 +40,8 @@ def number(op: str, activation: str | None) -> int:
 
 def activate(x: Tensor, number: int, slope: float = 0.01) -> Tensor:
     return _FUNCTIONS[number](x, slope)
+
+
+def torchs(x: Tensor, activation: str | None) -> Tensor:
+    """As users write it, also those that are spelled out above."""
+    return getattr(F, activation)(x) if activation in ("silu", "mish") else activate(x, number("activation", activation))

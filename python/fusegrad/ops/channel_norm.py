@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._activations import activate, number
+from .._activations import activate, number, torchs
 from .._autograd import BatchJoined, Function, differentiable
 from .._op import SHAPES, Op, Sample, autocast, check_constant, check_tensor, compiled, integer, overridable, real, wide, wide_dtype
 
@@ -287,7 +287,10 @@ def batch_norm(
             unbiased = values / (values - 1)
             for running, batch, factor in zip((running_mean, running_var), stats.unbind(), (1, unbiased)):
                 if running is not None:
-                    running.mul_(1 - momentum).add_(batch, alpha=momentum * factor)
+                    exact = running.to(torch.promote_types(running.dtype, batch.dtype))  # those of 16 bits are rounded once
+                    exact.mul_(1 - momentum).add_(batch, alpha=momentum * factor)
+                    if exact is not running:
+                        running.copy_(exact)
     return y
 
 
@@ -453,12 +456,12 @@ def _bytes(*tensors):
 
 
 def _torch_group_norm(activation=None, **kwargs):
-    return activate(torch.nn.functional.group_norm(**kwargs), number("group_norm", activation))
+    return torchs(torch.nn.functional.group_norm(**kwargs), activation)
 
 
 def _torch_batch_norm(activation=None, residual=None, **kwargs):
     y = torch.nn.functional.batch_norm(**kwargs)
-    return activate(y if residual is None else y + residual, number("batch_norm", activation))
+    return torchs(y if residual is None else y + residual, activation)
 
 
 GROUP_NORM = Op(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activations import activate, number
+from .._activations import activate, number, torchs
 from .._autograd import Function, differentiable, is_sharded
 from .._op import SHAPES, Op, Sample, autocast, check_tensor, compiled, expands, fall_back, overridable, wide
 from .bias_act import bias_act, bias_act_bwd, bias_act_fwd
@@ -117,7 +117,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
         y = torch.nn.functional.gelu(torch.nn.functional.linear(input, weight, bias))  # for activation="gelu"
 
-    Source: Vasudevan et al., the epilogues of NVIDIA CUTLASS (https://github.com/NVIDIA/cutlass), are the same idea within a product.
+    Source: Thakkar et al. 2023, CUTLASS, https://github.com/NVIDIA/cutlass (an activation in a product's epilogue).
     """
     check_tensor("linear", "input", input)
     check_tensor("linear", "weight", weight)
@@ -210,7 +210,7 @@ LINEAR = Op(
     reference=linear_reference,
     samples=_samples,
     module=Linear,
-    torch=lambda input, weight, bias, activation=None: activate(F.linear(input, weight, bias), number("linear", activation)),
+    torch=lambda input, weight, bias, activation=None: torchs(F.linear(input, weight, bias), activation),
     permutes=lambda kwargs: {"input": -1, "weight": -1, "output": None},
     saved_bytes=_saved_bytes,
     bench=_bench,

@@ -40,8 +40,11 @@ class MLP(_Recomputing):
         activation, final_activation: see `bias_act`; None is the identity.
         recompute: save the input and no hidden activation; the backward computes them again.
 
-    The input is `[*, sizes[0]]` and the result `[*, sizes[-1]]`, of the dtype of the weights: float32, float64, float16 or bfloat16, as
-    `linear` takes them. The layers are `[0]`, `[1]`, ... and `state_dict` has `0.weight`, `0.bias`, ...
+    The input is `[*, sizes[0]]`, of the dtype of the weights: float32, float64, float16 or bfloat16, as `linear` takes them. The layers
+    are `[0]`, `[1]`, ... and `state_dict` has `0.weight`, `0.bias`, ...
+
+    Returns:
+        `[*, sizes[-1]]` of the same dtype. Saved for backward: what each `linear` saves; with `recompute` the input and the parameters.
 
     Raises:
         ValueError: fewer than two sizes, an unknown activation. RuntimeError: an input that does not fit.
@@ -51,6 +54,8 @@ class MLP(_Recomputing):
         for layer in list(mlp.children())[:-1]:
             x = torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias))
         y = torch.nn.functional.linear(x, mlp[-1].weight, mlp[-1].bias)
+
+    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174 (`recompute`).
     """
 
     def __init__(self, sizes: Sequence[int], activation="relu", final_activation=None, bias=True, recompute=False, device=None, dtype=None):
@@ -84,8 +89,12 @@ class GatedMLP(_Recomputing):
         activation: silu (SwiGLU), gelu or gelu_tanh (GeGLU), relu (ReGLU).
         recompute: save the input and no hidden activation; the backward computes them again.
 
-    Input and result are `[*, dim]`, of the dtype of the weights: float32, float64, float16 or bfloat16, as `linear` takes them.
+    The input is `[*, dim]`, of the dtype of the weights: float32, float64, float16 or bfloat16, as `linear` takes them.
     `gate_up.weight` is `[2 hidden, dim]`, the gate's rows first.
+
+    Returns:
+        `[*, dim]` of the same dtype. Saved for backward: the input, the packed projections `[*, 2 hidden]`, their gated product
+        `[*, hidden]` and the parameters; with `recompute` the input and the parameters.
 
     Raises:
         ValueError: an unknown activation. RuntimeError: an input that does not fit.
