@@ -22,11 +22,13 @@ T, H, V = 12, 6, 23
 
 
 class Chunks:
-    """As torch.nn.LinearCrossEntropyOptions, which torch 2.11 has not: the number of tokens, or a method."""
+    """As torch.nn.LinearCrossEntropyOptions, which torch 2.11 has not: the number of tokens, or a method. Compact: no gradient waits for
+    the backward, which makes the logits again."""
 
-    def __init__(self, tokens):
+    def __init__(self, tokens, dtype=F64, compact=False):
         known = isinstance(tokens, int)
-        self.batch_chunk_size, self.chunking_method, self.acc_dtype = tokens if known else None, None if known else tokens, None
+        self.batch_chunk_size, self.chunking_method = tokens if known else None, None if known else tokens
+        self.acc_policy, self.acc_dtype = "compact" if compact else "accurate", F64 if dtype == F64 else F32
 
 
 def drawn(dtype=F64, tokens=T, features=H, classes=V, ignore=-100, seed=0):
@@ -54,19 +56,46 @@ def eager(x, w, target, b, weight=None, reduction="none", label_smoothing=0.0, z
     return loss if reduction == "none" else loss.sum() / (divisor if reduction == "mean" else 1)
 
 
+@pytest.mark.parametrize("compact", (False, True), ids=("at_once", "compact"))
 @pytest.mark.parametrize("chunk", (1, 5, 100))
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
-def test_every_option_in_chunks(options, reduction, chunk):
+def test_every_option_in_chunks(options, reduction, chunk, compact):
     """Under a random weight per token, or a loss scale that is not 1."""
     x, w, target, b = drawn()
     options = options | (dict(weight=torch.rand(V, dtype=F64)) if "weight" in options else {})
     expected = eager(x, w, target, b, reduction=reduction, **options)
-    found = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, options=Chunks(chunk), **options)
+    found = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, options=Chunks(chunk, F64, compact), **options)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn_like(expected) * 65536.0
     for a, e in zip(torch.autograd.grad(found, (x, w, b), cotangent), torch.autograd.grad(expected, (x, w, b), cotangent)):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-7)
+
+
+def rounding(exact, dtype, magnitude=1.0):
+    """Of sums in float32 that are rounded once: half an ulp, and what the sums are off by."""
+    return 0.51 * torch.finfo(dtype).eps * exact.abs() + 2e-5 * magnitude**0.5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=name_of)
+@pytest.mark.parametrize("chunk", (1, 5, 100))
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_every_option_in_blocks_of_classes(options, reduction, chunk, dtype):
+    """Where a backward that makes the logits again goes along the classes: each row of dw is whole at once."""
+    x, w, target, b = (t.detach() for t in drawn(dtype, tokens=10))
+    weight = torch.rand(V, dtype=dtype) if "weight" in options else None
+    options = {k: v for k, v in options.items() if k != "weight"} | dict(reduction=reduction)
+    wide = [t.double().requires_grad_() for t in (x, w, b)]
+    loss = eager(wide[0], wide[1], target, wide[2], weight if weight is None else weight.double(), **options)
+    cotangent = torch.rand(loss.shape, dtype=dtype) * 8
+    exact = torch.autograd.grad(loss, wide, cotangent.double())
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    found = fused.linear_cross_entropy(x, w, target, linear_bias=b, weight=weight, options=Chunks(chunk, dtype, True), **options)
+    for asked in (leaves, leaves[:1], leaves[1:2], leaves[2:]):
+        for g, leaf in zip(torch.autograd.grad(found, asked, cotangent, retain_graph=True), asked):
+            r = exact[next(i for i, t in enumerate(leaves) if t is leaf)]
+            assert ((g.double() - r).abs() <= rounding(r, dtype, 10)).all()
 
 
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
@@ -122,17 +151,16 @@ def test_an_infinite_gradient_does_not_reach_what_is_ignored(reduction, dtype):
 def test_error_does_not_grow_with_the_number_of_chunks(dtype, reduction, magnitude):
     """The gradient of the weight is summed in float32 over the chunks and rounded once: half an ulp, however many there are."""
     make = Make(dtype, seed=3)
-    x, w = make(256, 16, scale=magnitude**0.5), make(300, 16, scale=magnitude**0.5 / 4)
-    target = make.labels(256, classes=300)
+    x, w = make(256, 16, scale=magnitude**0.5), make(600, 16, scale=magnitude**0.5 / 4)
+    target = make.labels(256, classes=600)
     cotangent = torch.rand(256, dtype=dtype) if reduction == "none" else torch.tensor(512.0, dtype=dtype)
     wide = [t.double().requires_grad_() for t in (x, w)]
     exact = torch.autograd.grad(eager(*wide, target, None, reduction=reduction), wide, cotangent.double())
     leaves = x.requires_grad_(), w.requires_grad_()
-    for chunks in (1, 2, 8, 64, 256):
-        loss = fused.linear_cross_entropy(*leaves, target, reduction=reduction, options=Chunks(256 // chunks))
+    for chunks, compact in itertools.product((1, 2, 8, 64, 256), (False, True)):
+        loss = fused.linear_cross_entropy(*leaves, target, reduction=reduction, options=Chunks(256 // chunks, dtype, compact))
         for found, r in zip(torch.autograd.grad(loss, leaves, cotangent), exact):
-            limit = 0.51 * torch.finfo(dtype).eps * r.abs() + 2e-5 * magnitude**0.5 * r.abs().max()
-            assert ((found.double() - r).abs() <= limit).all(), chunks
+            assert ((found.double() - r).abs() <= rounding(r, dtype, magnitude)).all(), (chunks, compact)
 
 
 def test_scaled_float16_neither_overflows_nor_vanishes():
@@ -188,7 +216,8 @@ def test_peak_memory(dtype, reduction):
     found = held(lambda x, w: fused.linear_cross_entropy(x, w, labels, reduction=reduction), many, w, leaves=(many, w))
     assert found <= 2**26 + 8 * many.numel() + part + 4 * (many.numel() + w.numel()) + many.nbytes + w.nbytes + small
     # torch's "aspect_ratio": 512 / (32000 / 256), up to a power of 2
-    for options, chunk in ((Chunks(16), 16), *(((Chunks("aspect_ratio"), 8),) if reduction == "mean" and dtype == F32 else ())):
+    by_ratio = ((Chunks("aspect_ratio", dtype), 8),) if reduction == "mean" and dtype == F32 else ()
+    for options, chunk in ((Chunks(16, dtype), 16), *by_ratio):
         few = held(
             lambda x, w, options=options: fused.linear_cross_entropy(x, w, target, reduction=reduction, options=options),
             x,
@@ -196,6 +225,25 @@ def test_peak_memory(dtype, reduction):
             leaves=(x, w),
         )
         assert few <= 4 * chunk * classes + part + 4 * (x.numel() + w.numel()) + x.nbytes + w.nbytes + small
+
+
+@pytest.mark.parametrize("dtype, acc_dtype", ((F32, None), (BF16, None), (BF16, F32)), ids=str)
+@pytest.mark.parametrize("policy", ("accurate", "balanced", "compact", "auto"))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_peak_memory_is_within_torchs(reduction, policy, dtype, acc_dtype):
+    """Under torch's options, but for the features of all tokens and the logits of a chunk in float32. What "compact" is there for, a
+    gradient of the weight in float32, is 8 MB here."""
+    tokens, features, classes = 256, 128, 16000
+    x, w, target, _ = drawn(dtype, tokens, features, classes)
+    options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy, acc_dtype=acc_dtype)
+    ours, torchs = (
+        held(lambda x, w, f=f: f(x, w, target, reduction=reduction, options=options), x, w, leaves=(x, w))
+        for f in (fused.linear_cross_entropy, F.linear_cross_entropy)
+    )
+    few = 8 * tokens * features + 6 * 4 * classes + (1 << 18)  # 4 tokens a chunk, torch's "aspect_ratio" of these
+    assert ours <= torchs + few, f"{ours / 1e6:.1f} MB, torch {torchs / 1e6:.1f} MB"
+    if policy == "compact":
+        assert ours <= x.nbytes + w.nbytes + few + (1 << 18), f"{ours / 1e6:.1f} MB"
 
 
 def test_no_gradient_is_made_that_nobody_asks_for(monkeypatch):
@@ -211,9 +259,10 @@ def test_no_gradient_is_made_that_nobody_asks_for(monkeypatch):
     fused.linear_cross_entropy(x, w.detach(), target, linear_bias=b)
     fused.linear_cross_entropy(x, w, target, reduction="none")
     fused.linear_cross_entropy(x, w, target, return_lse=True)
+    fused.linear_cross_entropy(x, w, target, options=Chunks(4, F32, compact=True))
     with torch.no_grad():
         fused.linear_cross_entropy(x, w, target)
-    assert [list(s) for s in seen] == [[True, False, True], [False] * 3, [False] * 3, [False] * 3]
+    assert [list(s) for s in seen] == [[True, False, True], *[[False] * 3] * 4]
 
 
 def test_micro_batches_add_up():

@@ -37,24 +37,6 @@ void forward(Frame& frame, const Tensor& x, const Tensor& target, const OptTenso
   run(frame, args);
 }
 
-void backward(Frame& frame, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
-              const LossRows& saved, const LossGrads& grads, const Tensor& dx) {
-  using B = CrossEntropyBwd;
-  RowArgs<B> args{{{}, options}};
-  frame.in(args.in[B::kX], x, "input");
-  frame.labels(args.index[B::kTarget], target, "target");
-  args.param[B::kW] = frame.params(w, "weight");
-  const OptTensor sum = weight_sum(frame, w, options.smoothing);
-  if (sum) frame.per_row(args.scalar_in[B::kWeightSum], *sum, "sum of weight");
-  frame.per_row(args.scalar_in[B::kTop], saved.top, "top");
-  frame.per_row(args.scalar_in[B::kLogSum], saved.log_sum, "log_sum");
-  if (given(grads.loss)) frame.per_row(args.scalar_in[B::kDLoss], *grads.loss, "gradient of the loss");
-  if (given(grads.lse)) frame.per_row(args.scalar_in[B::kDLse], *grads.lse, "gradient of lse");
-  if (given(grads.divisor)) frame.per_row(args.scalar_in[B::kDivisor], *grads.divisor, "divisor");
-  frame.out(args.out[B::kDx], dx);
-  run(frame, args);
-}
-
 }  // namespace
 
 void check_labels(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index) {
@@ -72,10 +54,31 @@ void loss_rows(const char* op, const Tensor& x, const Tensor& target, const OptT
   forward(frame, x, target, w, options, out);
 }
 
-void loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
-                        const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads, const Tensor& dx) {
+Tensor loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
+                          const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads, Tensor dx,
+                          const ClassBlock& block) {
+  using B = CrossEntropyBwd;
   Frame frame = classes(op, x);
-  backward(frame, x, target, w, options, saved, grads, dx);
+  const bool part = block.classes > 0;
+  RowArgs<B> args{{{}, options, block.first, part ? block.classes : frame.cols()}};
+  if (!dx.defined()) dx = frame.empty_rows();
+  frame.in(args.in[B::kX], x, "input");
+  frame.labels(args.index[B::kTarget], target, "target");
+  args.param[B::kW] = frame.params(part && given(w) ? w->narrow(0, block.first, frame.cols()) : w, "weight");
+  const OptTensor sum = weight_sum(frame, w, options.smoothing);
+  if (sum) frame.per_row(args.scalar_in[B::kWeightSum], *sum, "sum of weight");
+  if (part && given(w)) {  // that of a label of another block, too
+    const Tensor of_labels = w->index_select(0, target.clamp(0, block.classes - 1)).to(frame.wide());
+    frame.per_row(args.scalar_in[B::kLabelWeight], of_labels, "weights of the labels");
+  }
+  frame.per_row(args.scalar_in[B::kTop], saved.top, "top");
+  frame.per_row(args.scalar_in[B::kLogSum], saved.log_sum, "log_sum");
+  if (given(grads.loss)) frame.per_row(args.scalar_in[B::kDLoss], *grads.loss, "gradient of the loss");
+  if (given(grads.lse)) frame.per_row(args.scalar_in[B::kDLse], *grads.lse, "gradient of lse");
+  if (given(grads.divisor)) frame.per_row(args.scalar_in[B::kDivisor], *grads.divisor, "divisor");
+  frame.out(args.out[B::kDx], dx);
+  run(frame, args);
+  return dx;
 }
 
 std::tuple<Tensor, Tensor> loss_total(const char* op, const Tensor& loss, const Tensor& weight, const OptTensor& num_items,
@@ -127,10 +130,8 @@ Tensor cross_entropy_bwd(const OptTensor& dloss,    // [] or [N, *]
                          const OptTensor& divisor,  // []
                          int64_t ignore_index, double smoothing, double z_loss, double softcap, double scale) {
   RECORD_FUNCTION("fusegrad::cross_entropy_bwd", {});
-  Frame frame = classes("cross_entropy backward", x);
-  Tensor dx = frame.empty_rows();
-  backward(frame, x, target, w, {ignore_index, smoothing, z_loss, softcap, scale}, {{}, top, log_sum}, {dloss, dlse, divisor}, dx);
-  return dx;
+  return loss_rows_backward("cross_entropy backward", x, target, w, {ignore_index, smoothing, z_loss, softcap, scale},
+                            {{}, top, log_sum}, {dloss, dlse, divisor});
 }
 
 }  // namespace fusegrad

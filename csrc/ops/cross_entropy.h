@@ -105,14 +105,17 @@ struct CrossEntropyFwd : RowOp {
   }
 };
 
+// Of all classes, or of the logits [first, first + cols) of them, as a shard of them has or a block.
 struct CrossEntropyBwd : RowOp {
-  static constexpr int in = 1, params = 1, out = 1, index = 1, scalar_in = 6;
-  enum { kX, kW = 0, kDx = 0, kTarget = 0, kWeightSum = 0, kTop, kLogSum, kDLoss, kDivisor, kDLse };
+  static constexpr int in = 1, params = 1, out = 1, index = 1, scalar_in = 7;
+  enum { kX, kW = 0, kDx = 0, kTarget = 0, kWeightSum = 0, kLabelWeight, kTop, kLogSum, kDLoss, kDivisor, kDLse };
   CrossEntropyOptions o;
+  int64_t first, classes;
 
   template <class S>
   struct Row {
-    int64_t target;
+    int64_t target;  // its column, maybe none of those here
+    bool skip;
     S top, log_sum, of_p, of_w, of_target;  // the three factors of dz
   };
   template <class A>
@@ -120,21 +123,23 @@ struct CrossEntropyBwd : RowOp {
 
   template <class S, class At>
   FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
-    row.target = at.index(kTarget);
-    if (row.target == o.ignore_index) return;
-    const S cols = S(at.args.extent.cols);
-    const bool label = row.target >= 0 && row.target < at.args.extent.cols;
+    const int64_t label = at.index(kTarget);
+    row.skip = label == o.ignore_index;
+    if (row.skip) return;
+    row.target = label - first;
+    const bool known = label >= 0 && label < classes, here = known && row.target >= 0 && row.target < at.args.extent.cols;
+    const S w_t = at.scalar(kLabelWeight, here ? at.p(kW, row.target) : S(1));
     const S g = at.given(kDLoss) ? at.scalar(kDLoss) / at.scalar(kDivisor, S(1)) : S(0);  // and not 0 / 0, beside a gradient of lse
     row.top = at.scalar(kTop);
     row.log_sum = at.scalar(kLogSum);
-    row.of_w = g * S(o.smoothing) / cols;
-    row.of_target = label ? g * (S(1) - S(o.smoothing)) * at.p(kW, row.target) : std::numeric_limits<S>::quiet_NaN();
-    row.of_p =
-        row.of_target + row.of_w * at.scalar(kWeightSum, cols) + g * S(2 * o.z_loss) * (row.top + row.log_sum) + at.scalar(kDLse);
+    row.of_w = g * S(o.smoothing) / S(classes);
+    row.of_target = known ? g * (S(1) - S(o.smoothing)) * w_t : std::numeric_limits<S>::quiet_NaN();
+    row.of_p = row.of_target + row.of_w * at.scalar(kWeightSum, S(classes)) + g * S(2 * o.z_loss) * (row.top + row.log_sum) +
+               at.scalar(kDLse);
   }
   template <class R>
   FUSEGRAD_FN bool skip(const R& row) const {
-    return row.target == o.ignore_index;
+    return row.skip;
   }
   template <class T, class R, class Columns, class Result>
   FUSEGRAD_FN void map(const R& row, const Columns& in, Result& out) const {

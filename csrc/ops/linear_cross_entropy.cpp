@@ -3,10 +3,13 @@
 //   for each chunk c:   z = x_c w^T + b;   loss, top, log_sum of each token (cross_entropy.h);   z <- dz
 //                       dx_c = dz w;   dw += dz^T x_c;   db += sum(dz)
 //
-// Where the loss is one number, its gradient is known up to a factor, and the forward makes it while the logits are there, that of
-// the sum: three products of matrices, as many as with the logits kept. (What a mean divides by comes with the factor: a dz of
+// Where the loss is one number, its gradient is known up to a factor, and the forward may make it while the logits are there, that
+// of the sum: three products of matrices, as many as with the logits kept. (What a mean divides by comes with the factor: a dz of
 // float16 that was divided by thousands of tokens before would be 0.) Else the backward makes the logits again, which is a fourth
-// one.
+// one, and nothing of the size of w waits for it. Where a 16-bit dw would be summed in float32 beside it, it goes along the classes
+// instead, if they are more than twice the tokens (it is dx that waits in float32 then, beside a copy of x):
+//
+//   for each block of classes c:   z_c = x w_c^T + b_c;   z_c <- dz_c;   dw_c = dz_c^T x;   db_c = sum(dz_c);   dx += dz_c w_c
 //
 // Products are summed and stored in float32 (float64 for float64), so that the error of dw does not grow with the number of
 // chunks, and results are rounded once. 16-bit factors stay as they are where a product of them can be float32: on CUDA, and for
@@ -17,7 +20,8 @@
 // Memory beyond x, w and the gradients, with A = 4 bytes (8 for float64), T tokens, H features, C classes, n tokens per chunk:
 // A n C for the logits, half as much for a dz of 16 bits + 2 A n H for a chunk's dx and a copy of its x + 32 MB at most for a part
 // of w of another type or layout + A per token and value; and the forward's gradients, A (T H + C H + C), until the backward has
-// turned them into results.
+// turned them into results. Of a backward that makes the logits again: A C H for a dw of 16 bits; or along the classes 2 A T H for
+// dx and the copy of x instead of the chunk's, and 32 MB for the dw of a block.
 #include "cross_entropy.h"
 
 #include <ATen/Parallel.h>
@@ -171,28 +175,29 @@ class Head {
     return z;
   }
 
-  // From the gradient that logits(first) was overwritten by.
-  void backward(int64_t first, const Tensor& dx, const Tensor& dw, const Tensor& db) {
-    Tensor wide_dz = logits_.narrow(0, 0, n_), dz = wide_dz.to(factor_), to, sum;
-    if (dx.defined()) {
-      to = sum = dx.narrow(0, first, n_);
-      if (dx.scalar_type() != wide_) {
-        if (!dx_chunk_.defined()) dx_chunk_ = gradient(dx.narrow(0, 0, chunk_));
-        sum = dx_chunk_.narrow(0, 0, n_);
-      }
-    }
+  // From the gradient that logits(first) was overwritten by. A narrower dw is rounded: all tokens are in this chunk.
+  void backward(int64_t first, const Tensor& dx, const Tensor& dw, const Tensor& db, bool add_dx = false) {
+    Tensor wide_dz = logits_.narrow(0, 0, n_), dz = wide_dz.to(factor_);
+    const auto sums = [&](const Tensor& to, Tensor& beside) {
+      if (!to.defined() || to.scalar_type() == wide_) return to;
+      if (!beside.defined()) beside = gradient(to);
+      return beside.narrow(0, 0, to.size(0));
+    };
+    const Tensor dx_n = dx.defined() ? dx.narrow(0, first, n_) : dx, dx_sum = sums(dx_n, dx_sum_), dw_sum = sums(dw, dw_sum_);
     const auto multiply_by = [&](bool rest) {
-      if (dx.defined()) for_parts([&](int64_t c, const Tensor& w) { multiply(sum, dz.narrow(1, c, w.size(0)), w, rest || c > 0); });
-      if (dw.defined()) multiply(dw, dz.t(), x_chunk_, rest || first > 0);
+      if (dx.defined())
+        for_parts([&](int64_t c, const Tensor& w) { multiply(dx_sum, dz.narrow(1, c, w.size(0)), w, rest || add_dx || c > 0); });
+      if (dw.defined()) multiply(dw_sum, dz.t(), x_chunk_, rest || first > 0);
     };
     if (db.defined()) db.add_(at::sum(wide_dz, 0));
-    if (dx.defined() && classes() == 0) sum.zero_();
+    if (dx.defined() && classes() == 0) dx_sum.zero_();
     multiply_by(false);
     for (int part = 1; part < 3 && x_.is_cpu() && factor_ != wide_; ++part) {
       to_rest(dz, wide_dz);
       multiply_by(true);
     }
-    if (dx.defined() && !sum.is_same(to)) to.copy_(sum);
+    if (!dx_sum.is_same(dx_n)) dx_n.copy_(dx_sum);
+    if (!dw_sum.is_same(dw)) dw.copy_(dw_sum);
   }
 
  private:
@@ -200,7 +205,7 @@ class Head {
   const int64_t ignore_index_;
   at::ScalarType wide_, factor_;
   int64_t chunk_, n_ = 0;
-  Tensor logits_, x_chunk_, x_copy_, dx_chunk_, part_, b_;
+  Tensor logits_, x_chunk_, x_copy_, dx_sum_, dw_sum_, part_, b_;
 
   void check(const Tensor& t, const char* name) const {
     TORCH_CHECK(t.layout() == at::kStrided && t.device() == x_.device(), kOp, ": ", name, " must be a dense tensor on ",
@@ -309,23 +314,43 @@ LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N
     return {result(needed[0], dx, of_tokens, x.scalar_type()), result(needed[1], dw, of_sums, w.scalar_type()),
             result(needed[2], db, of_sums, b_type)};
   }
-  Head head(x, w, target, b, ignore_index, chunk);
   const CrossEntropyOptions options{ignore_index, smoothing, z_loss, softcap, scale};
-  const OptTensor cw = given(class_weight) ? OptTensor(class_weight->to(head.wide())) : OptTensor();
+  const auto sums = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const OptTensor cw = given(class_weight) ? OptTensor(class_weight->to(sums)) : OptTensor();
   Tensor x_grad, w_grad, b_grad;
-  if (needed[0]) x_grad = pool::empty(x.sizes(), x);
-  if (needed[1]) w_grad = head.tokens() ? head.gradient(w) : head.gradient(w).zero_();
-  if (needed[2]) b_grad = at::zeros({head.classes()}, head.wide());
-  for (int64_t first = 0; first < head.tokens(); first += head.chunk()) {
-    const Tensor z = head.logits(first);
+  if (needed[2]) b_grad = at::zeros({w.size(0)}, sums);
+  // dz of the tokens from `first` on, in place of their logits.
+  const auto to_gradient = [&](const Tensor& z, int64_t first, const ClassBlock& block) {
     const auto part = [&](const OptTensor& v) { return given(v) && v->dim() ? v->narrow(0, first, z.size(0)) : v; };
-    const auto wide = [&](const OptTensor& v) { return given(v) ? OptTensor(part(v)->to(head.wide())) : v; };
+    const auto wide = [&](const OptTensor& v) { return given(v) ? OptTensor(part(v)->to(sums)) : v; };
     const LossRows saved{{}, *part(top), *part(log_sum), {}, {}};
-    loss_rows_backward(kOp, z, *part(target), cw, options, saved, {wide(dloss), wide(dlse), wide(divisor)}, z);
-    head.backward(first, x_grad, w_grad, b_grad);
+    loss_rows_backward(kOp, z, *part(target), cw, options, saved, {wide(dloss), wide(dlse), wide(divisor)}, z, block);
+  };
+  const int64_t tokens = x.size(0), classes = w.size(0);
+  if (needed[1] && w.dtype() != sums.dtype() && tokens > 0 && 2 * tokens < classes) {
+    w_grad = pool::empty(w.sizes(), w);
+    const int64_t n = tokens_per_chunk(tokens, classes, x.size(1), chunk, sums.dtype().itemsize());
+    const int64_t row = std::max<int64_t>(1, x.size(1) * int64_t(sums.dtype().itemsize()));
+    const int64_t step = std::clamp<int64_t>(std::min(n * classes / tokens, kPart / row), 1, classes);
+    for (int64_t c = 0; c < classes; c += step) {
+      const auto part = [&](const Tensor& t) { return t.defined() ? t.narrow(0, c, std::min(step, classes - c)) : t; };
+      const Tensor w_c = part(w);
+      Head head(x, w_c, target, given(b) ? OptTensor(part(*b)) : b, ignore_index, tokens);
+      if (needed[0] && c == 0) x_grad = head.gradient(x);
+      to_gradient(head.logits(0), 0, {c, classes});
+      head.backward(0, x_grad, part(w_grad), part(b_grad), c > 0);
+    }
+  } else {
+    Head head(x, w, target, b, ignore_index, chunk);
+    if (needed[0]) x_grad = pool::empty(x.sizes(), x);
+    if (needed[1]) w_grad = tokens ? head.gradient(w) : head.gradient(w).zero_();
+    for (int64_t first = 0; first < tokens; first += head.chunk()) {
+      to_gradient(head.logits(first), first, {});
+      head.backward(first, x_grad, w_grad, b_grad);
+    }
   }
   const auto as = [](const Tensor& t, at::ScalarType type) { return t.defined() ? t.to(type) : t; };
-  return {x_grad, as(w_grad, w.scalar_type()), as(b_grad, b_type)};
+  return {as(x_grad, x.scalar_type()), as(w_grad, w.scalar_type()), as(b_grad, b_type)};
 }
 
 }  // namespace fusegrad

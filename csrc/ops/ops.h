@@ -90,9 +90,13 @@ struct LossGrads {
 void check_labels(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index);
 void loss_rows(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
                const LossRows& out);
-void loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
-                        const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads,
-                        const Tensor& dx /* may be x */);
+// The columns of x: all classes, or those from the first on of so many.
+struct ClassBlock {
+  int64_t first = 0, classes = 0;
+};
+Tensor loss_rows_backward(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w,
+                          const CrossEntropyOptions& options, const LossRows& saved, const LossGrads& grads,
+                          Tensor dx = {} /* may be x; a new one if undefined */, const ClassBlock& block = {});
 
 using LinearGrads = std::tuple<Tensor, Tensor, Tensor>;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(

@@ -40,22 +40,9 @@ Tensor vocab_parallel_cross_entropy_bwd(const OptTensor& dloss,    // [] or [N]
                                         int64_t first, int64_t classes, int64_t ignore_index, double smoothing, double z_loss,
                                         double softcap, double scale) {
   RECORD_FUNCTION("fusegrad::vocab_parallel_cross_entropy_bwd", {});
-  using B = VocabParallelCrossEntropyBwd;
-  Frame frame("vocab_parallel_cross_entropy backward", x, "input", 1, 2);
-  RowArgs<B> args{};
-  args.op.o = {ignore_index, smoothing, z_loss, softcap, scale};
-  args.op.first = first, args.op.classes = classes;
-  Tensor dx = frame.empty_rows();
-  frame.in(args.in[B::kX], x, "input");
-  frame.labels(args.index[B::kTarget], target, "target");
-  frame.per_row(args.scalar_in[B::kTop], top, "top");
-  frame.per_row(args.scalar_in[B::kLogSum], log_sum, "log_sum");
-  if (given(dloss)) frame.per_row(args.scalar_in[B::kDLoss], *dloss, "gradient of the loss");
-  if (given(dlse)) frame.per_row(args.scalar_in[B::kDLse], *dlse, "gradient of lse");
-  if (given(divisor)) frame.per_row(args.scalar_in[B::kDivisor], *divisor, "divisor");
-  frame.out(args.out[B::kDx], dx);
-  run(frame, args);
-  return dx;
+  return loss_rows_backward("vocab_parallel_cross_entropy backward", x, target, {},
+                            {ignore_index, smoothing, z_loss, softcap, scale}, {{}, top, log_sum}, {dloss, dlse, divisor}, {},
+                            {first, classes});
 }
 
 }  // namespace fusegrad

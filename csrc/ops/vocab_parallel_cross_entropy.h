@@ -8,7 +8,7 @@
 //   top = max(top_i)     log_sum = log sum(mass_i exp(top_i - top))     below = sum(below_i + cols (top - top_i))
 //   loss = (1 - smoothing) ((top - z_t) + log_sum) + smoothing / C (below + C log_sum) + z_loss (top + log_sum)^2
 //
-// The gradient of a shard's logits is that of cross_entropy.h with the label counted from `first`; it needs no other shard.
+// The gradient of a shard's logits is that of cross_entropy.h, made by CrossEntropyBwd; it needs no other shard.
 #pragma once
 
 #include "cross_entropy.h"
@@ -42,34 +42,6 @@ struct VocabParallelCrossEntropyFwd : CrossEntropyFwd {
     at.put(kMass, empty ? S(0) : sum.e);
     at.put(kBelow, empty ? S(0) : sum.below);
     at.put(kLabel, row.z_t);
-  }
-};
-
-struct VocabParallelCrossEntropyBwd : CrossEntropyBwd {
-  static constexpr int in = 1, params = 1, out = 1, index = 1, scalar_in = 6;
-  int64_t first, classes;
-
-  template <class S>
-  struct Row : CrossEntropyBwd::Row<S> {
-    bool skip;
-  };
-  template <class S, class At>
-  FUSEGRAD_FN void begin(Row<S>& row, const At& at) const {
-    const int64_t label = at.index(kTarget);
-    row.skip = label == o.ignore_index;
-    if (row.skip) return;
-    const bool known = label >= 0 && label < classes;
-    const S g = at.scalar(kDLoss) / at.scalar(kDivisor, S(1));
-    row.target = label - first;  // of a column of this shard, or of none
-    row.top = at.scalar(kTop);
-    row.log_sum = at.scalar(kLogSum);
-    row.of_w = g * S(o.smoothing) / S(classes);
-    row.of_target = known ? g * (S(1) - S(o.smoothing)) : std::numeric_limits<S>::quiet_NaN();
-    row.of_p = row.of_target + g * S(o.smoothing) + g * S(2 * o.z_loss) * (row.top + row.log_sum) + at.scalar(kDLse);
-  }
-  template <class R>
-  FUSEGRAD_FN bool skip(const R& row) const {
-    return row.skip;
   }
 };
 

@@ -2,4 +2,3 @@
 #include "vocab_parallel_cross_entropy.h"
 
 FUSEGRAD_ROWS(VocabParallelCrossEntropyFwd)
-FUSEGRAD_ROWS(VocabParallelCrossEntropyBwd)

@@ -21,7 +21,6 @@ FUSEGRAD_ROWS(SoftmaxFwd)
 FUSEGRAD_ROWS(NormFwd)
 FUSEGRAD_ROWS(NormalizeFwd)
 FUSEGRAD_ROWS(VocabParallelCrossEntropyFwd)
-FUSEGRAD_ROWS(VocabParallelCrossEntropyBwd)
 #ifndef FUSEGRAD_SANITIZE
 FUSEGRAD_ROWS(BiasActFwd)
 FUSEGRAD_ROWS(BiasActBwd)

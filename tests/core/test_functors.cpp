@@ -255,7 +255,7 @@ void cross_entropy(const CrossEntropyOptions& o, bool weighted, bool needs_loss,
   };
   run();
   const bool one = reduce != Reduce::none;
-  Operands<B> b({{}, o}, rows, cols);
+  Operands<B> b({{}, o, 0, cols}, rows, cols);
   b.in[B::kX] = f.in[F::kX];
   b.index[B::kTarget] = f.index[F::kTarget];
   b.param[B::kW] = f.param[F::kW];
@@ -266,12 +266,30 @@ void cross_entropy(const CrossEntropyOptions& o, bool weighted, bool needs_loss,
   Values dloss = values(one ? 1 : rows, 0.5, 2), dlse = values(rows, -2, 2);
   b.scalar_in[B::kDLoss] = needs_loss ? dloss : Values();
   b.scalar_in[B::kDLse] = needs_lse ? dlse : Values();
+  b.scalar_in[B::kLabelWeight].clear();
   b.run();
   if (!needs_loss) dloss.assign(dloss.size(), 0);
   if (!needs_lse) dlse.assign(dlse.size(), 0);
   Values& loss = one ? total.scalar_out[LossTotal::kTotal] : f.scalar_out[F::kLoss];
   check_gradients(what, run, {{loss, dloss}, {f.scalar_out[F::kLse], dlse}}, {{f.in[F::kX], b.out[B::kDx]}});
   for (int64_t c = 0; c < cols; ++c) CHECK_NEAR(b.out[B::kDx][2 * cols + c], 0.0, 0, what, " dx of the ignored row at ", c);
+
+  for (int64_t first = 0; first < cols; first += 2) {  // the same of a block of classes
+    Operands<B> block({{}, o, first, cols}, rows, 2);
+    block.index[B::kTarget] = kLabels;
+    for (int i = 0; i < B::scalar_in; ++i) block.scalar_in[i] = b.scalar_in[i];
+    block.param[B::kW].clear();
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < 2; ++c) block.in[B::kX][r * 2 + c] = b.in[B::kX][r * cols + first + c];
+      if (weighted) block.scalar_in[B::kLabelWeight].push_back(kLabels[r] == kIgnore ? 0 : f.param[F::kW][kLabels[r]]);
+    }
+    if (weighted) block.param[B::kW] = {f.param[F::kW][first], f.param[F::kW][first + 1]};
+    block.run();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < 2; ++c)
+        CHECK_NEAR(block.out[B::kDx][r * 2 + c], b.out[B::kDx][r * cols + first + c], 1e-14, what, " dx of row ", r, " at ", c,
+                   " of a block");
+  }
 }
 
 void cross_entropy_labels(int64_t wrong) {
@@ -282,10 +300,11 @@ void cross_entropy_labels(int64_t wrong) {
   f.index[F::kTarget] = {1, wrong, 3};
   give_weights(f, values(4, 0.25, 2));
   f.run();
-  Operands<B> b({{}, o}, 3, 4);
+  Operands<B> b({{}, o, 0, 4}, 3, 4);
   b.in[B::kX] = f.in[F::kX], b.index[B::kTarget] = f.index[F::kTarget];
   give_weights(b, f.param[F::kW]);
   b.scalar_in[B::kTop] = f.scalar_out[F::kTop], b.scalar_in[B::kLogSum] = f.scalar_out[F::kLogSum];
+  b.scalar_in[B::kLabelWeight].clear();
   b.run();
   for (int64_t r = 0; r < 3; ++r) {
     for (int i = 0; i < F::scalar_out; ++i)
@@ -310,33 +329,27 @@ void cross_entropy_peculiar() {
   CHECK_NEAR(loss[1], 0.5 + std::log(1 + std::exp(-0.5)), 1e-15, "cross_entropy of huge logits keeps the digits of log_sum");
   CHECK_NEAR(loss[2], kNaN, 0, "cross_entropy of NaN");
   CHECK_NEAR(loss[3], kInf, 0, "cross_entropy of a masked label");
-  Operands<B> b({{}, o}, 2, 3);
+  Operands<B> b({{}, o, 0, 3}, 2, 3);
   b.in[B::kX].assign(f.in[F::kX].begin(), f.in[F::kX].begin() + 6), b.index[B::kTarget] = {0, 1};
   give_weights(b, {});
   b.scalar_in[B::kTop] = f.scalar_out[F::kTop], b.scalar_in[B::kLogSum] = f.scalar_out[F::kLogSum];
   b.scalar_in[B::kDLoss] = {1}, b.scalar_in[B::kDivisor].clear(), b.scalar_in[B::kDLse].clear();
+  b.scalar_in[B::kLabelWeight].clear();
   b.run();
   const double p = 1 / (1 + std::exp(-0.5));
   const Values want = {p - 1, 0, 1 - p, p, -p, 0};
   for (size_t i = 0; i < want.size(); ++i) CHECK_NEAR(b.out[B::kDx][i], want[i], 1e-15, "cross_entropy peculiar dx at ", i);
 }
 
-// The classes in shards: what their sums make of the loss, and each shard's gradient, are those of all classes at once.
+// The classes in shards: what their sums make of the loss is that of all classes at once. (A shard's gradient: above.)
 void vocab_parallel(const CrossEntropyOptions& o) {
   using F = VocabParallelCrossEntropyFwd;
-  using B = VocabParallelCrossEntropyBwd;
   const int64_t rows = int64_t(kLabels.size()), classes = 6, cols = 2;
   Operands<CrossEntropyFwd> whole({{}, o}, rows, classes);
   whole.index[0] = kLabels;
   give_weights(whole, {});
   whole.in[0][0] = whole.in[0][1] = -kInf;  // a shard without a logit
   whole.run();
-  Operands<CrossEntropyBwd> gradient({{}, o}, rows, classes);
-  gradient.in[0] = whole.in[0], gradient.index[0] = kLabels;
-  give_weights(gradient, {});
-  gradient.scalar_in[CrossEntropyBwd::kTop] = whole.scalar_out[CrossEntropyFwd::kTop];
-  gradient.scalar_in[CrossEntropyBwd::kLogSum] = whole.scalar_out[CrossEntropyFwd::kLogSum];
-  gradient.run();
 
   std::vector<Operands<F>> shards;
   for (int64_t first = 0; first < classes; first += cols) {
@@ -348,17 +361,6 @@ void vocab_parallel(const CrossEntropyOptions& o) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < cols; ++c) f.in[0][r * cols + c] = whole.in[0][r * classes + first + c];
     f.run();
-    B bwd{};
-    bwd.o = o, bwd.first = first, bwd.classes = classes;
-    Operands<B> b(bwd, rows, cols);
-    b.in[0] = f.in[0], b.index[0] = kLabels;
-    b.param[0].clear();
-    for (int i = 0; i < B::scalar_in; ++i) b.scalar_in[i] = gradient.scalar_in[i];
-    b.run();
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; ++c)
-        CHECK_NEAR(b.out[0][r * cols + c], gradient.out[0][r * classes + first + c], 1e-14, "vocab_parallel dx of row ", r, " at ",
-                   first + c);
   }
   for (int64_t r = 0; r < rows; ++r) {
     double top = -kInf, mass = 0, below = 0, label = 0;

@@ -150,7 +150,7 @@ def ignored(op: str, ignore_index: int | None) -> int:
 
 def _chunking(op, options):
     try:
-        return options.batch_chunk_size, options.chunking_method, options.acc_dtype
+        return options.batch_chunk_size, options.chunking_method, options.acc_dtype, options.acc_policy
     except AttributeError:
         raise TypeError(f"{op}: options must be a torch.nn.LinearCrossEntropyOptions or None, got {type(options).__name__}") from None
 
@@ -159,7 +159,7 @@ def _chunk(op, options, x):
     """What the kernel is told of the tokens per chunk: their number, or -n for "aspect_ratio:n", or 0 for its own choice."""
     if options is None:
         return 0
-    size, method, acc_dtype = _chunking(op, options)
+    size, method, acc_dtype, _ = _chunking(op, options)
     if acc_dtype not in (None, x.dtype, wide_dtype(x)):
         raise RuntimeError(f"{op}: options.acc_dtype must be None or {wide_dtype(x)} for input of {x.dtype}, got {acc_dtype}")
     if method == "auto":
@@ -169,6 +169,17 @@ def _chunk(op, options, x):
     if method is not None:
         return -int(method.partition(":")[2] or 1)
     return 0 if size is None else size
+
+
+def _compact(options, x) -> bool:
+    """Whether torch, under these options, has no float32 gradient of the weight beside the one it returns: then none waits for the
+    backward here, which makes the logits again."""
+    if options is None:
+        return False
+    policy, acc_dtype, narrow = options.acc_policy, options.acc_dtype, x.dtype != wide_dtype(x)
+    if policy == "auto":
+        policy, acc_dtype = "accurate" if narrow and x.device.type == "cpu" else "compact", acc_dtype or wide_dtype(x)
+    return policy == "compact" or narrow and (acc_dtype or x.dtype) == x.dtype
 
 
 def _check(op, input, linear_weight, target, linear_bias):
@@ -237,18 +248,21 @@ def linear_cross_entropy(
         weight, reduction, label_smoothing, z_loss, logit_softcap, logit_scale, num_items, return_lse, empty: see `cross_entropy`.
         ignore_index: None is -100. A token with this label has loss and gradient 0, whatever its features are.
         options: `torch.nn.LinearCrossEntropyOptions` says how many tokens a chunk has; None lets as many be in one as 64 MB of
-            logits in float32 (float64) have room for. Sums are in float32 whatever its `acc_policy`: "compact" is as
-            exact as the others here, and does not save the 4 C H bytes of the weight's gradient in float32. A graph may be kept. Where
-            the logits are not made in chunks, for a weight of several dimensions or probabilities, it is ignored with a warning.
+            logits in float32 (float64) have room for. Sums are in float32 (float64) whatever its `acc_policy` and `acc_dtype`; where
+            torch saves memory by them ("compact", which "auto" is but for 16 bits on a CPU, or sums in 16 bits), no gradient waits for
+            the backward, which makes the logits again: as exact, a fourth product, and nothing of the weight's size beside its
+            gradient. A graph may be kept. Where the logits are not made in chunks, for a weight of several dimensions or
+            probabilities, it is ignored with a warning.
 
     Returns:
         The loss in the input's dtype (float32 under autocast), or `(loss, lse)`. Reduced to a number without lse, its forward makes
-        the gradients too, while the logits are there; else the backward makes the logits again, chunk by chunk. Memory beyond
-        arguments and gradients, with 4 bytes a number (8 in float64): a chunk's logits, twice its tokens' features, at most 32 MB
-        for a part of a 16-bit weight, half the logits again where products have 16-bit factors, and the gradients in float32 until
-        the backward has rounded them. Saved for backward: input, linear_weight, linear_bias, target, weight, and the gradients in
-        float32 that are asked for, with the divisor of a mean (of an unreduced loss two float32 per token instead). What does not
-        require grad costs nothing.
+        the gradients too, while the logits are there; else the backward makes the logits again, a chunk of tokens at a time, or of
+        classes. Memory beyond arguments and gradients, with 4 bytes a number (8 in float64): a chunk's logits, twice its tokens'
+        features, at most 32 MB for a part of a 16-bit weight, half the logits again where products have 16-bit factors, and the
+        gradients in float32 until the backward has rounded them; where it makes the logits again instead, the gradient of a 16-bit
+        weight in float32, or the features of all tokens twice and 32 MB at most, whichever is less. Saved for backward: input,
+        linear_weight, linear_bias, target, weight, and the gradients in float32 that are asked for, with the divisor of a mean (where
+        the logits are made again two float32 per token instead). What does not require grad costs nothing.
 
     Raises:
         IndexError: on the CPU, a label that is neither a class nor `ignore_index`; on CUDA the token's loss and gradient become NaN,
@@ -292,7 +306,7 @@ def linear_cross_entropy(
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
     # Where the backward will ask for a multiple of gradients that are known now, the forward makes them.
-    at_once = reduce and not return_lse and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    at_once = reduce and not (return_lse or _compact(options, input)) and torch.is_grad_enabled() and not torch.compiler.is_exporting()
     needed = [at_once and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
     loss, lse = LinearCrossEntropyFn.call(
         (input, linear_weight, target, linear_bias, weight, num_items), ignored(op, ignore_index),
@@ -352,7 +366,8 @@ def linear_token_log_probs(
         options: see `linear_cross_entropy`.
 
     Returns:
-        `[*]`, or `(log_probs, lse)`. The backward takes any cotangent and makes the logits again, chunk by chunk.
+        `[*]`, or `(log_probs, lse)`. The backward takes any cotangent and makes the logits again, chunk by chunk (of classes, for a
+        16-bit weight of more than twice as many classes as there are tokens).
         Saved for backward: input, linear_weight, linear_bias, target and two float32 per token.
 
     Raises:
@@ -435,8 +450,9 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Head))
 class _Chunks:
     """As much of `torch.nn.LinearCrossEntropyOptions` as counts here, for a torch that has none."""
 
-    def __init__(self, batch_chunk_size=None, chunking_method="auto"):
-        self.batch_chunk_size, self.chunking_method, self.acc_dtype = batch_chunk_size, chunking_method, None
+    def __init__(self, batch_chunk_size=None, chunking_method="auto", acc_policy="auto", acc_dtype=None):
+        self.batch_chunk_size, self.chunking_method = batch_chunk_size, chunking_method
+        self.acc_policy, self.acc_dtype = acc_policy, acc_dtype
 
 
 _Options = getattr(torch.nn, "LinearCrossEntropyOptions", _Chunks)
@@ -468,9 +484,11 @@ def _samples(make):
     yield sample("lse_none", 6, 5, 14, return_lse=True, reduction="none", label_smoothing=0.1)
     yield sample("num_items", 6, 4, 7, num_items=11, ignore=-100)
     yield sample("num_items_tensor", 6, 4, 7, num_items=make.number(5.0), bias=True)
-    yield sample("two_a_chunk", 7, 5, 9, options=_Options(batch_chunk_size=2), bias=True, ignore=-100)
+    yield sample("two_a_chunk", 7, 5, 9, options=_Options(batch_chunk_size=2, acc_policy="accurate"), bias=True, ignore=-100)
     yield sample("chunks_none", 7, 5, 9, options=_Options(batch_chunk_size=3), reduction="none", param=True)
     yield sample("aspect_ratio", 9, 4, 12, options=_Options(chunking_method="aspect_ratio:2"))
+    compact = dict(options=_Options(batch_chunk_size=2, acc_policy="compact"), weight=make.param(13, positive=True))
+    yield sample("compact", 5, 6, 13, bias=True, ignore=-100, label_smoothing=0.1, param=True, **compact)
     yield sample("empty_zero", 3, 4, 6, ignore="all", empty="zero")
     nothing = sample("no_weight", 3, 4, 6, weight=without_first(make.param(6, positive=True)), empty="zero", label_smoothing=0.1)
     nothing.kwargs["target"] = make.labels(3, classes=1)
@@ -514,7 +532,7 @@ def _saved_bytes(kwargs):
     if kwargs.get("reduction") == "none":
         return inputs + 2 * target.numel() * width
     inputs += 0 if isinstance(number, Tensor) else width
-    if kwargs.get("return_lse"):
+    if kwargs.get("return_lse") or _compact(kwargs.get("options"), x):
         return inputs + 2 * target.numel() * width
     return inputs + width * sum(t.numel() for t in (x, w, b) if t is not None)
 
