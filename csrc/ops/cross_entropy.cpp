@@ -59,7 +59,7 @@ Tensor loss_rows_backward(const char* op, const Tensor& x, const Tensor& target,
                           const ClassBlock& block) {
   using B = CrossEntropyBwd;
   Frame frame = classes(op, x);
-  const bool part = block.classes > 0;
+  const bool part = block.classes > frame.cols();
   RowArgs<B> args{{{}, options, block.first, part ? block.classes : frame.cols()}};
   if (!dx.defined()) dx = frame.empty_rows();
   frame.in(args.in[B::kX], x, "input");

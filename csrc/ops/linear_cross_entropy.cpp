@@ -19,9 +19,10 @@
 //
 // Memory beyond x, w and the gradients, with A = 4 bytes (8 for float64), T tokens, H features, C classes, n tokens per chunk:
 // A n C for the logits, half as much for a dz of 16 bits + 2 A n H for a chunk's dx and a copy of its x + 32 MB at most for a part
-// of w of another type or layout + A per token and value; and the forward's gradients, A (T H + C H + C), until the backward has
-// turned them into results. Of a backward that makes the logits again: A C H for a dw of 16 bits; or along the classes 2 A T H for
-// dx and the copy of x instead of the chunk's, and 32 MB for the dw of a block.
+// of w of another type or layout (as much as the logits, but 1 MB at least) + A per token and value; and the forward's gradients, A
+// (T H + C H + C), until the backward has turned them into results. Of a backward that makes the logits again: A C H for a dw of 16
+// bits; or along the classes 2 A T H for dx and the copy of x instead of the chunk's, and as much as for a part of w for that of
+// dw.
 #include "cross_entropy.h"
 
 #include <ATen/Parallel.h>
@@ -55,7 +56,9 @@ namespace {
 
 constexpr const char* kOp = "linear_cross_entropy";
 constexpr int64_t kLogits = 64 << 20;  // bytes of logits at a time, unless the caller says how many tokens
-constexpr int64_t kPart = 32 << 20;    // bytes of weight that are copied at a time
+constexpr int64_t kPart = 32 << 20;    // bytes of weight that are copied at a time: as many as of logits, within these limits
+constexpr int64_t kLeastPart = 1 << 20;
+constexpr int64_t kAligned = 64;  // classes in a block are a multiple of it, for products of matrices and for vectors
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / std::max<int64_t>(1, b); }
 
@@ -126,10 +129,11 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add) {
     add ? at::addmm_out(out, out, a, b, wide) : at::mm_out(out, a, b, wide);
 }
 
-// The logits of a chunk of tokens, and what their gradient means for x, w and b.
+// The logits of a chunk of tokens, and what their gradient means for x, w and b. By classes: of a block of them, and all tokens.
 class Head {
  public:
-  Head(const Tensor& x, const Tensor& w, const Tensor& target, const OptTensor& b, int64_t ignore_index, int64_t wish)
+  Head(const Tensor& x, const Tensor& w, const Tensor& target, const OptTensor& b, int64_t ignore_index, int64_t wish,
+       bool by_classes = false)
       : x_(x), w_(w), target_(target), ignore_index_(ignore_index) {
     Frame frame(kOp, x, "input", 1, 2);  // checks, and knows the types
     View labels;
@@ -140,26 +144,75 @@ class Head {
                 x.sizes(), "), got ", w.sizes());
     wide_ = frame.wide();
     factor_ = (x.is_cpu() ? multiplies_bfloat16(x, w) : w.scalar_type() == x.scalar_type()) ? x.scalar_type() : wide_;
-    chunk_ = tokens_per_chunk(tokens(), classes(), x.size(1), wish, x.element_size() == 8 ? 8 : 4);
-    const Tensor like = at::empty({0}, x.options().dtype(wide_));
-    logits_ = pool::empty({chunk_, classes()}, like);
-    if (given(b)) b_ = b->to(wide_);
-    if (w.scalar_type() != factor_ || !w.is_contiguous()) {
-      const int64_t row = std::max<int64_t>(1, x.size(1) * c10::elementSize(factor_));
-      part_ =
-          at::empty({std::clamp<int64_t>(kPart / row, 1, std::max<int64_t>(1, classes())), x.size(1)}, x.options().dtype(factor_));
+    const int64_t item = x.element_size() == 8 ? 8 : 4, row = std::max<int64_t>(1, x.size(1) * item);
+    chunk_ = tokens_per_chunk(tokens(), classes(), x.size(1), wish, item), block_ = std::max<int64_t>(1, classes());
+    // Few logits at a time mean that memory is short.
+    const int64_t part = std::clamp<int64_t>(std::clamp(chunk_ * block_ * item, kLeastPart, kPart) / row, 1, block_);
+    if (by_classes) {
+      block_ = std::clamp<int64_t>(chunk_ * block_ / tokens(), 1, part), chunk_ = tokens();
+      if (block_ > kAligned) block_ -= block_ % kAligned;
     }
+    const Tensor like = at::empty({0}, x.options().dtype(wide_));
+    logits_ = pool::empty({chunk_ * block_}, like);
+    if (given(b)) b_ = b->to(wide_);
+    if (w.scalar_type() != factor_ || !w.is_contiguous()) part_ = at::empty({part, x.size(1)}, x.options().dtype(factor_));
   }
 
   int64_t tokens() const { return x_.size(0); }
   int64_t classes() const { return w_.size(0); }
   int64_t chunk() const { return chunk_; }
+  int64_t block() const { return block_; }
   at::TensorOptions wide() const { return x_.options().dtype(wide_); }
   Tensor gradient(const Tensor& like) const { return pool::empty(like.sizes(), logits_.narrow(0, 0, 0)); }
 
-  // The logits of the tokens from `first` on, to be overwritten by their gradient.
-  Tensor logits(int64_t first) {
-    n_ = std::min(chunk_, tokens() - first);
+  // The logits of the tokens from `first` on and the classes from `c` on, to be overwritten by their gradient.
+  Tensor logits(int64_t first, int64_t c = 0) {
+    if (first != first_ || !x_chunk_.defined()) take(first);
+    c_ = c, m_ = std::min(block_, classes() - c);
+    Tensor z = here();
+    if (b_.defined()) z.copy_(b_.narrow(0, c_, m_).expand_as(z));
+    for_parts([&](int64_t c, const Tensor& w) { multiply(z.narrow(1, c, w.size(0)), x_chunk_, w.t(), b_.defined()); });
+    return z;
+  }
+
+  // From the gradient that those logits were overwritten by. What is narrower than its sums is rounded, so that it has to be all of
+  // it: all classes are here for such a dx, all tokens for such a dw.
+  void backward(const Tensor& dx, const Tensor& dw, const Tensor& db) {
+    Tensor wide_dz = here(), dz = wide_dz.to(factor_);
+    const auto part = [](const Tensor& t, int64_t from, int64_t n) { return t.defined() ? t.narrow(0, from, n) : t; };
+    const auto sums = [&](const Tensor& to, Tensor& beside) {
+      if (!to.defined() || to.scalar_type() == wide_) return to;
+      if (!beside.defined()) beside = gradient(to);
+      return beside.narrow(0, 0, to.size(0));
+    };
+    const Tensor dx_n = part(dx, first_, n_), dw_m = part(dw, c_, m_), dx_sum = sums(dx_n, dx_sum_), dw_sum = sums(dw_m, dw_sum_);
+    const auto multiply_by = [&](bool rest) {
+      if (dx.defined())
+        for_parts([&](int64_t c, const Tensor& w) { multiply(dx_sum, dz.narrow(1, c, w.size(0)), w, rest || c_ + c > 0); });
+      if (dw.defined()) multiply(dw_sum, dz.t(), x_chunk_, rest || first_ > 0);
+    };
+    if (db.defined()) part(db, c_, m_).add_(at::sum(wide_dz, 0));
+    if (dx.defined() && classes() == 0) dx_sum.zero_();
+    multiply_by(false);
+    for (int rest = 1; rest < 3 && x_.is_cpu() && factor_ != wide_; ++rest) {
+      to_rest(dz, wide_dz);
+      multiply_by(true);
+    }
+    if (!dx_sum.is_same(dx_n)) dx_n.copy_(dx_sum);
+    if (!dw_sum.is_same(dw_m)) dw_m.copy_(dw_sum);
+  }
+
+ private:
+  const Tensor &x_, &w_, &target_;
+  const int64_t ignore_index_;
+  at::ScalarType wide_, factor_;
+  int64_t chunk_, block_, first_ = 0, n_ = 0, c_ = 0, m_ = 0;  // tokens and classes at a time; what is here now
+  Tensor logits_, x_chunk_, x_copy_, dx_sum_, dw_sum_, part_, b_;
+
+  Tensor here() const { return logits_.narrow(0, 0, n_ * m_).view({n_, m_}); }
+
+  void take(int64_t first) {
+    first_ = first, n_ = std::min(chunk_, tokens() - first);
     x_chunk_ = x_.narrow(0, first, n_);
     // What an ignored token holds must not reach dw, not even times 0. On CUDA to look for one would be to wait.
     const Tensor ignored = target_.narrow(0, first, n_).eq(ignore_index_);
@@ -169,43 +222,7 @@ class Head {
       x_chunk_ = x_copy_.narrow(0, 0, n_).copy_(x_chunk_);
       if (ignores) x_chunk_.masked_fill_(ignored.unsqueeze(1), 0);
     }
-    Tensor z = logits_.narrow(0, 0, n_);
-    if (b_.defined()) z.copy_(b_.expand_as(z));
-    for_parts([&](int64_t c, const Tensor& w) { multiply(z.narrow(1, c, w.size(0)), x_chunk_, w.t(), b_.defined()); });
-    return z;
   }
-
-  // From the gradient that logits(first) was overwritten by. A narrower dw is rounded: all tokens are in this chunk.
-  void backward(int64_t first, const Tensor& dx, const Tensor& dw, const Tensor& db, bool add_dx = false) {
-    Tensor wide_dz = logits_.narrow(0, 0, n_), dz = wide_dz.to(factor_);
-    const auto sums = [&](const Tensor& to, Tensor& beside) {
-      if (!to.defined() || to.scalar_type() == wide_) return to;
-      if (!beside.defined()) beside = gradient(to);
-      return beside.narrow(0, 0, to.size(0));
-    };
-    const Tensor dx_n = dx.defined() ? dx.narrow(0, first, n_) : dx, dx_sum = sums(dx_n, dx_sum_), dw_sum = sums(dw, dw_sum_);
-    const auto multiply_by = [&](bool rest) {
-      if (dx.defined())
-        for_parts([&](int64_t c, const Tensor& w) { multiply(dx_sum, dz.narrow(1, c, w.size(0)), w, rest || add_dx || c > 0); });
-      if (dw.defined()) multiply(dw_sum, dz.t(), x_chunk_, rest || first > 0);
-    };
-    if (db.defined()) db.add_(at::sum(wide_dz, 0));
-    if (dx.defined() && classes() == 0) dx_sum.zero_();
-    multiply_by(false);
-    for (int part = 1; part < 3 && x_.is_cpu() && factor_ != wide_; ++part) {
-      to_rest(dz, wide_dz);
-      multiply_by(true);
-    }
-    if (!dx_sum.is_same(dx_n)) dx_n.copy_(dx_sum);
-    if (!dw_sum.is_same(dw)) dw.copy_(dw_sum);
-  }
-
- private:
-  const Tensor &x_, &w_, &target_;
-  const int64_t ignore_index_;
-  at::ScalarType wide_, factor_;
-  int64_t chunk_, n_ = 0;
-  Tensor logits_, x_chunk_, x_copy_, dx_sum_, dw_sum_, part_, b_;
 
   void check(const Tensor& t, const char* name) const {
     TORCH_CHECK(t.layout() == at::kStrided && t.device() == x_.device(), kOp, ": ", name, " must be a dense tensor on ",
@@ -214,13 +231,13 @@ class Head {
                      name, " must be ", x_.scalar_type(), x_.element_size() == 2 ? " or Float" : "", ", got ", t.scalar_type());
   }
 
-  // f(first class, weight of the classes from there on) for the parts of w that can be multiplied as they are.
+  // f(number of the first class here, weight of the classes from there on) for the parts of w that can be multiplied as they are.
   template <class F>
   void for_parts(const F& f) {
-    if (!part_.defined()) return f(0, w_);
-    for (int64_t c = 0; c < classes(); c += part_.size(0)) {
-      const Tensor part = part_.narrow(0, 0, std::min(part_.size(0), classes() - c));
-      f(c, part.copy_(w_.narrow(0, c, part.size(0))));
+    if (!part_.defined()) return f(0, w_.narrow(0, c_, m_));
+    for (int64_t c = 0; c < m_; c += part_.size(0)) {
+      const Tensor part = part_.narrow(0, 0, std::min(part_.size(0), m_ - c));
+      f(c, part.copy_(w_.narrow(0, c_ + c, part.size(0))));
     }
   }
 };
@@ -275,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     loss_rows(kOp, z, t, cw, options, here);
     if (!grads) continue;
     loss_rows_backward(kOp, z, t, cw, options, here, of_sum, z);
-    head.backward(first, dx, dw, db);
+    head.backward(dx, dw, db);
   }
   Tensor divisor;
   if (reduce) std::tie(rows.loss, divisor) = loss_total(kOp, rows.loss, rows.weight, num_items, items, mean, empty_is_zero);
@@ -314,40 +331,27 @@ LinearGrads linear_cross_entropy_bwd(const OptTensor& dloss,         // [] or [N
     return {result(needed[0], dx, of_tokens, x.scalar_type()), result(needed[1], dw, of_sums, w.scalar_type()),
             result(needed[2], db, of_sums, b_type)};
   }
-  const CrossEntropyOptions options{ignore_index, smoothing, z_loss, softcap, scale};
-  const auto sums = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const OptTensor cw = given(class_weight) ? OptTensor(class_weight->to(sums)) : OptTensor();
-  Tensor x_grad, w_grad, b_grad;
-  if (needed[2]) b_grad = at::zeros({w.size(0)}, sums);
-  // dz of the tokens from `first` on, in place of their logits.
-  const auto to_gradient = [&](const Tensor& z, int64_t first, const ClassBlock& block) {
-    const auto part = [&](const OptTensor& v) { return given(v) && v->dim() ? v->narrow(0, first, z.size(0)) : v; };
-    const auto wide = [&](const OptTensor& v) { return given(v) ? OptTensor(part(v)->to(sums)) : v; };
-    const LossRows saved{{}, *part(top), *part(log_sum), {}, {}};
-    loss_rows_backward(kOp, z, *part(target), cw, options, saved, {wide(dloss), wide(dlse), wide(divisor)}, z, block);
-  };
+  // Along the classes dx is summed, and each row of dw is whole at once.
   const int64_t tokens = x.size(0), classes = w.size(0);
-  if (needed[1] && w.dtype() != sums.dtype() && tokens > 0 && 2 * tokens < classes) {
-    w_grad = pool::empty(w.sizes(), w);
-    const int64_t n = tokens_per_chunk(tokens, classes, x.size(1), chunk, sums.dtype().itemsize());
-    const int64_t row = std::max<int64_t>(1, x.size(1) * int64_t(sums.dtype().itemsize()));
-    const int64_t step = std::clamp<int64_t>(std::min(n * classes / tokens, kPart / row), 1, classes);
-    for (int64_t c = 0; c < classes; c += step) {
-      const auto part = [&](const Tensor& t) { return t.defined() ? t.narrow(0, c, std::min(step, classes - c)) : t; };
-      const Tensor w_c = part(w);
-      Head head(x, w_c, target, given(b) ? OptTensor(part(*b)) : b, ignore_index, tokens);
-      if (needed[0] && c == 0) x_grad = head.gradient(x);
-      to_gradient(head.logits(0), 0, {c, classes});
-      head.backward(0, x_grad, part(w_grad), part(b_grad), c > 0);
-    }
-  } else {
-    Head head(x, w, target, b, ignore_index, chunk);
-    if (needed[0]) x_grad = pool::empty(x.sizes(), x);
-    if (needed[1]) w_grad = tokens ? head.gradient(w) : head.gradient(w).zero_();
-    for (int64_t first = 0; first < tokens; first += head.chunk()) {
-      to_gradient(head.logits(first), first, {});
-      head.backward(first, x_grad, w_grad, b_grad);
-    }
+  const bool by_classes = needed[1] && w.element_size() == 2 && tokens > 0 && 2 * tokens < classes;
+  Head head(x, w, target, b, ignore_index, chunk, by_classes);
+  const CrossEntropyOptions options{ignore_index, smoothing, z_loss, softcap, scale};
+  const OptTensor cw = given(class_weight) ? OptTensor(class_weight->to(head.wide())) : OptTensor();
+  Tensor x_grad, w_grad, b_grad;
+  if (needed[0]) x_grad = by_classes ? head.gradient(x) : pool::empty(x.sizes(), x);
+  if (needed[1]) w_grad = by_classes ? pool::empty(w.sizes(), w) : head.gradient(w);
+  if (needed[1] && tokens == 0) w_grad.zero_();
+  if (needed[2]) b_grad = at::zeros({classes}, head.wide());
+  for (int64_t first = 0; first < tokens; first += head.chunk()) {
+    int64_t c = 0;
+    do {  // once without classes, too: dx is 0
+      const Tensor z = head.logits(first, c);
+      const auto part = [&](const OptTensor& v) { return given(v) && v->dim() ? v->narrow(0, first, z.size(0)) : v; };
+      const auto wide = [&](const OptTensor& v) { return given(v) ? OptTensor(part(v)->to(head.wide())) : v; };
+      const LossRows saved{{}, *part(top), *part(log_sum), {}, {}};
+      loss_rows_backward(kOp, z, *part(target), cw, options, saved, {wide(dloss), wide(dlse), wide(divisor)}, z, {c, classes});
+      head.backward(x_grad, w_grad, b_grad);
+    } while ((c += head.block()) < classes);
   }
   const auto as = [](const Tensor& t, at::ScalarType type) { return t.defined() ? t.to(type) : t; };
   return {as(x_grad, x.scalar_type()), as(w_grad, w.scalar_type()), as(b_grad, b_type)};

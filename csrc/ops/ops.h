@@ -90,7 +90,7 @@ struct LossGrads {
 void check_labels(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index);
 void loss_rows(const char* op, const Tensor& x, const Tensor& target, const OptTensor& w, const CrossEntropyOptions& options,
                const LossRows& out);
-// The columns of x: all classes, or those from the first on of so many.
+// The columns of logits are the classes [first, first + columns) of so many; of no more than the columns if it says 0.
 struct ClassBlock {
   int64_t first = 0, classes = 0;
 };

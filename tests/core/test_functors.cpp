@@ -312,6 +312,14 @@ void cross_entropy_labels(int64_t wrong) {
     for (int64_t c = 0; c < 4; ++c)
       CHECK(std::isnan(b.out[B::kDx][r * 4 + c]) == (r == 1), "cross_entropy label ", wrong, " dx at ", r, ", ", c);
   }
+  for (int64_t first : {0, 2}) {  // and in each block of the classes
+    Operands<B> block({{}, o, first, 4}, 3, 2);
+    block.index[B::kTarget] = f.index[F::kTarget];
+    block.run();
+    for (int64_t i = 0; i < 6; ++i)
+      CHECK(std::isnan(block.out[B::kDx][i]) == (i / 2 == 1), "cross_entropy label ", wrong, " dx at ", i, " of a block from ",
+            first);
+  }
 }
 
 // Masked, huge and invalid logits.
@@ -339,6 +347,11 @@ void cross_entropy_peculiar() {
   const double p = 1 / (1 + std::exp(-0.5));
   const Values want = {p - 1, 0, 1 - p, p, -p, 0};
   for (size_t i = 0; i < want.size(); ++i) CHECK_NEAR(b.out[B::kDx][i], want[i], 1e-15, "cross_entropy peculiar dx at ", i);
+  Operands<B> masked({{}, o, 1, 3}, 1, 1);  // a block without a finite logit
+  masked.in[B::kX] = {-kInf}, masked.index[B::kTarget] = {0};
+  for (int i = 0; i < B::scalar_in; ++i) masked.scalar_in[i] = b.scalar_in[i];
+  masked.run();
+  CHECK_NEAR(masked.out[B::kDx][0], 0.0, 0, "cross_entropy dx of a masked block");
 }
 
 // The classes in shards: what their sums make of the loss is that of all classes at once. (A shard's gradient: above.)

@@ -172,8 +172,8 @@ def _chunk(op, options, x):
 
 
 def _compact(options, x) -> bool:
-    """Whether torch, under these options, has no float32 gradient of the weight beside the one it returns: then none waits for the
-    backward here, which makes the logits again."""
+    """Whether memory comes before speed: where torch's policy, or its sums in 16 bits, save it a float32 gradient of the weight beside
+    the one that it returns. No gradient waits for the backward then, which makes the logits again."""
     if options is None:
         return False
     policy, acc_dtype, narrow = options.acc_policy, options.acc_dtype, x.dtype != wide_dtype(x)
@@ -248,11 +248,12 @@ def linear_cross_entropy(
         weight, reduction, label_smoothing, z_loss, logit_softcap, logit_scale, num_items, return_lse, empty: see `cross_entropy`.
         ignore_index: None is -100. A token with this label has loss and gradient 0, whatever its features are.
         options: `torch.nn.LinearCrossEntropyOptions` says how many tokens a chunk has; None lets as many be in one as 64 MB of
-            logits in float32 (float64) have room for. Sums are in float32 (float64) whatever its `acc_policy` and `acc_dtype`; where
-            torch saves memory by them ("compact", which "auto" is but for 16 bits on a CPU, or sums in 16 bits), no gradient waits for
-            the backward, which makes the logits again: as exact, a fourth product, and nothing of the weight's size beside its
-            gradient. A graph may be kept. Where the logits are not made in chunks, for a weight of several dimensions or
-            probabilities, it is ignored with a warning.
+            logits in float32 (float64) have room for. Where torch's saves memory, no gradient waits for the backward, which makes the
+            logits again: a fourth product, for nothing of the weight's size beside its gradient (if 16-bit weights have more classes
+            than twice the tokens). That is `acc_policy="compact"`, which "auto" is but for 16 bits on a CPU, and `acc_dtype` of 16
+            bits, which None is beside a policy that is not "auto". Three products, by "accurate" with an `acc_dtype` of float32. Sums
+            are in float32 (float64) in any case. A graph may be kept. Where the logits are not made in chunks, for a weight of several
+            dimensions or probabilities, options are ignored with a warning.
 
     Returns:
         The loss in the input's dtype (float32 under autocast), or `(loss, lse)`. Reduced to a number without lse, its forward makes
