@@ -79,6 +79,10 @@ class Network(nn.Module):
         return self.head(self.top(self.blocks(self.stem(x))).flatten(1))
 
 
+def loss_of(layers):
+    return lambda model, x, y: layers.loss(model(x), y)
+
+
 def compare(options):
     """Train the runs side by side, report, and return whether fusegrad follows torch.nn."""
     out = folder(options.out)
@@ -90,28 +94,26 @@ def compare(options):
     start, ours = Network(TORCH, options.width, options.blocks), Network(OURS, options.width, options.blocks)
     ours.load_state_dict(start.state_dict())
     runs = {
-        "torch.nn": Run(deepcopy(start), lambda model, x, y: TORCH.loss(model(x), y), 1e-3),
-        "fusegrad": Run(ours, lambda model, x, y: OURS.loss(model(x), y), 1e-3),
-        "float64": Run(start, lambda model, x, y: TORCH.loss(model(x), y), 1e-3, torch.float64),
+        "torch.nn": Run(deepcopy(start), loss_of(TORCH), options.steps),
+        "fusegrad": Run(deepcopy(ours), loss_of(OURS), options.steps),
     }
-    console = Console()
+    console, batches = Console(), []
     with Progress(BarColumn(20), MofNCompleteColumn(), TextColumn("steps"), console=console, disable=not console.is_terminal) as progress:
         for step in progress.track(range(options.steps)):
             i = torch.randint(cut, (options.batch,), generator=generator)
-            for name, each in list(runs.items())[:: 1 if step % 2 else -1]:
-                if name != "float64" or step < STEPS:
-                    each.step(x[i], y[i])
+            batches.append((x[i], y[i]))
+            for each in list(runs.values())[:: 1 if step % 2 else -1]:
+                each.step(*batches[-1])
     figures = {
         name: dict(accuracy=each.accuracy(lambda model, x: model(x), x[cut:], y[cut:]), ms=milliseconds(each), loss=each.losses[-1])
         for name, each in runs.items()
-        if name != "float64"
     }
     table = Table("", "held-out accuracy", "last loss", "ms per step")
     for name, row in figures.items():
         table.add_row(name, f"{100 * row['accuracy']:.2f}%", f"{row['loss']:.4f}", f"{row['ms']:.2f}")
     console.print(table)
     print(f"Time per step: fusegrad / torch.nn {figures['fusegrad']['ms'] / figures['torch.nn']['ms']:.3f}")
-    errors = agreement(runs["float64"], runs["torch.nn"], runs["fusegrad"])
+    errors = agreement(start, loss_of(TORCH), ours, loss_of(OURS), batches[:STEPS])
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(title="Training loss, same weights and batches", xlabel="step", ylabel="nats", yscale="log")

@@ -57,6 +57,21 @@ def test_short_run_on_images(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", IMAGES)
+def test_a_layer_that_is_a_little_off(tmp_path, script):
+    """By an eps of 2e-5 for 1e-5."""
+    code = f"""
+import sys; sys.path.insert(0, {str(EXAMPLES)!r})
+import fusegrad, {script} as example, digits
+example.OURS.norm = example.OURS.group_norm = lambda *sizes: fusegrad.nn.GroupNorm(*sizes, eps=2e-5, activation="silu")
+options = digits.arguments("{script}", "", [("steps", 1, 10, ""), ("width", 1, 8, ""), ("blocks", 1, 1, ""), ("batch", 1, 16, ""),
+                                            ("seeds", 1, 1, ""), ("seed", 0, 0, "")])
+example.compare(options)"""
+    command = [sys.executable, "-c", code, "--out", str(tmp_path), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert f"{script}: FAILED: distance of the gradients" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", IMAGES)
 def test_bad_options_of_images(tmp_path, script):
     done = demo(tmp_path, "--steps", "0", script=script)
     assert done.returncode == 2 and "argument --steps: expected a number from 2 to" in done.stderr
