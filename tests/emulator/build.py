@@ -87,15 +87,17 @@ def extension():
     include = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
     host = [*include, "-O1", "-DFUSEGRAD_EMULATED", "-DFUSEGRAD_LIBRARY=fusegrad_emulated", "-DTORCH_EXTENSION_NAME=_C_emulated"]
     ops = sorted((ROOT / "csrc/ops").glob("*.cpp"))
-    sources = [(f, host) for f in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/host").glob("*.cpp"))]]
-    sources += [(f, host) for f in ops if not f.name.endswith("_cpu.cpp")]
+    plain = BUILD / torch.__version__  # host functions have nothing that is sanitized
+    sources = [(f, host, plain) for f in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/host").glob("*.cpp"))]]
+    sources += [(f, host, plain) for f in ops if not f.name.endswith("_cpu.cpp")]
     wish = os.environ.get("FUSEGRAD_EMULATOR_SANITIZE")
     sanitize = [f"-fsanitize={wish}", "-O1"] if wish else []
     folder = BUILD / "-".join(filter(None, (torch.__version__, wish)))
-    sources += [(f, [*EMULATED, *include, *sanitize]) for f in [*sorted((ROOT / "csrc/ops").glob("*_cuda.cu")), HERE / "entry.cpp"]]
+    kernels = [*sorted((ROOT / "csrc/ops").glob("*_cuda.cu")), HERE / "entry.cpp"]
+    sources += [(f, [*EMULATED, *include, *sanitize], folder) for f in kernels]
     link = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", *sanitize]
     with locked(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(lambda source: compiled(*source, folder), sources))
+        objects = list(pool.map(lambda source: compiled(*source), sources))
         path = linked(folder / f"_C_emulated{sysconfig.get_config_var('EXT_SUFFIX')}", objects, link)
     spec = importlib.util.spec_from_file_location("_C_emulated", path)
     module = sys.modules.get("_C_emulated") or importlib.util.module_from_spec(spec)
