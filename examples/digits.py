@@ -90,7 +90,7 @@ def agreement(model, loss, our_model, our_loss, batches):
 def verdict(program, errors):
     """Prints whether the runs agree, and returns it."""
     ours, theirs, limit = errors
-    said = f"distance of the gradients from those of float64, median of {STEPS} steps: fusegrad {ours:.1e}, torch.nn {theirs:.1e}"
+    said = f"distance of the gradients from those of float64, median of at most {STEPS} steps: fusegrad {ours:.1e}, torch.nn {theirs:.1e}"
     if ours <= limit:  # not so for NaN
         print(f"PASSED: fusegrad trains like torch.nn; {said}")
         return True
