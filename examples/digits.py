@@ -70,11 +70,10 @@ class Run:
 
 
 def agreement(model, loss, our_model, our_loss, batches):
-    """(how far fusegrad's gradients are from those of float64, how far torch.nn's are, the limit); relative, the median of all steps."""
-    steps, errors = len(batches), ([], [])
-    exact = Run(deepcopy(model), loss, steps, torch.float64)
-    ours, theirs = Run(deepcopy(our_model), our_loss, steps), Run(deepcopy(model), loss, steps)
-    for batch in batches:
+    """(how far fusegrad's gradients are from those of float64, how far torch.nn's are, the limit); relative, the median of the steps."""
+    exact, errors = Run(deepcopy(model), loss, STEPS, torch.float64), ([], [])
+    ours, theirs = Run(deepcopy(our_model), our_loss, STEPS), Run(deepcopy(model), loss, STEPS)
+    for batch in batches[:STEPS]:
         gradients = []
         for run in (ours, theirs, exact):
             run.model.load_state_dict(exact.model.state_dict())

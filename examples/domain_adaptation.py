@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from digits import STEPS, Run, agreement, arguments, folder, images, machine, milliseconds, run, verdict, write
+from digits import Run, agreement, arguments, folder, images, machine, milliseconds, run, verdict, write
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -122,7 +122,7 @@ def train(seed, options, advance):
         for each in runs.values():
             each.step(*batches[-1])
         advance()
-    errors = agreement(start, loss_of(TORCH, True), ours, loss_of(OURS, True), batches[:STEPS])
+    errors = agreement(start, loss_of(TORCH, True), ours, loss_of(OURS, True), batches)
     return runs, {name: each.accuracy(classify, test, test_y) for name, each in runs.items()}, errors
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from digits import STEPS, Run, agreement, arguments, folder, images, machine, milliseconds, run, verdict, write
+from digits import Run, agreement, arguments, folder, images, machine, milliseconds, run, verdict, write
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -113,7 +113,7 @@ def compare(options):
         table.add_row(name, f"{100 * row['accuracy']:.2f}%", f"{row['loss']:.4f}", f"{row['ms']:.2f}")
     console.print(table)
     print(f"Time per step: fusegrad / torch.nn {figures['fusegrad']['ms'] / figures['torch.nn']['ms']:.3f}")
-    errors = agreement(start, loss_of(TORCH), ours, loss_of(OURS), batches[:STEPS])
+    errors = agreement(start, loss_of(TORCH), ours, loss_of(OURS), batches)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(title="Training loss, same weights and batches", xlabel="step", ylabel="nats", yscale="log")

@@ -87,7 +87,7 @@ def extension():
     include = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
     host = [*include, "-O1", "-DFUSEGRAD_EMULATED", "-DFUSEGRAD_LIBRARY=fusegrad_emulated", "-DTORCH_EXTENSION_NAME=_C_emulated"]
     ops = sorted((ROOT / "csrc/ops").glob("*.cpp"))
-    plain = BUILD / torch.__version__  # host functions have nothing that is sanitized
+    plain = BUILD / torch.__version__  # host functions are not sanitized
     sources = [(f, host, plain) for f in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/host").glob("*.cpp"))]]
     sources += [(f, host, plain) for f in ops if not f.name.endswith("_cpu.cpp")]
     wish = os.environ.get("FUSEGRAD_EMULATOR_SANITIZE")
