@@ -185,6 +185,34 @@ def test_fake_tensors_and_make_fx_go_through_the_dispatcher():
     assert "fusegrad.rms_norm_fwd" in graph.code
 
 
+def test_flops_are_counted_as_torchs():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    labels, x = torch.tensor([0, 3, 4]), torch.randn(3, 8, requires_grad=True)
+    models = [(m.Linear(8, 6), m.Sequential(m.Linear(8, 16), m.GELU(), m.Linear(16, 5))) for m in (torch.nn,)]
+    models += [(fusegrad.nn.Linear(8, 6), fusegrad.nn.MLP((8, 16, 5), "gelu"))]
+    found = []
+    for of_torch in models:
+        for model in of_torch:
+            for frozen in (False, True):
+                with FlopCounterMode(display=False) as counter:
+                    y = model(x.detach() if frozen else x)
+                    y.backward(torch.ones_like(y))
+                found.append(counter.get_total_flops())
+    assert found[:4] == found[4:] and min(found) > 0
+
+    w, logits = torch.randn(5, 8, requires_grad=True), 2 * 3 * 5 * 8
+    for options, products in ({}, 3), (dict(return_lse=True), 4), (dict(reduction="none"), 4):
+        with FlopCounterMode(display=False) as counter:
+            y = fused.linear_cross_entropy(x, w, labels, **options)
+            y = (y[0] if options.get("return_lse") else y).sum()
+            y.backward()
+        assert counter.get_total_flops() == products * logits
+    with FlopCounterMode(display=False) as counter:
+        fused.linear_cross_entropy(x, w.detach(), labels).backward()
+    assert counter.get_total_flops() == 2 * logits
+
+
 def test_hooks():
     """Tensor, module and post-accumulate hooks see what they see of torch.nn."""
     layer, seen = fusegrad.nn.RMSNorm(8), []

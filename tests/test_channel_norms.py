@@ -33,6 +33,10 @@ def test_errors():
     x, c = torch.randn(2, 6, 4, 4), torch.zeros(6)
     with pytest.raises(ValueError, match="batch_norm: running_mean and running_var must be given when training is False, got None"):
         F.batch_norm(x, None, None)
+    with pytest.raises(ValueError, match="batch_norm: running_mean and running_var must be given both or neither, got one None"):
+        F.batch_norm(x, c, None, training=True)
+    with pytest.raises(RuntimeError, match="batch_norm: running_mean and running_var must have the batch dimension of vmap"):
+        torch.vmap(lambda x: F.batch_norm(x, c, c + 1, training=True))(x[None])
     with pytest.raises(RuntimeError, match=r"batch_norm: weight must have shape \[6\] \(input is \[2, 6, 4, 4\]\), got \[5\]"):
         F.batch_norm(x, c, c, torch.ones(5))
     with pytest.raises(RuntimeError, match="group_norm: num_groups must divide the channels of input"):

@@ -283,6 +283,8 @@ def test_the_bias_is_reset():
 
 def test_nothing_is_drawn_where_nothing_is_dropped():
     x = torch.randn(3, 4, device=DEVICE)
+    for t in (x, x.int(), x > 0):
+        assert F.dropout(t, 0.5, False) is t and F.dropout(t, 0.0) is t
     torch.manual_seed(0)
     expected = torch.rand(1)
     for call in (

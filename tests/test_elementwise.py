@@ -352,6 +352,37 @@ def test_what_is_kept_for_the_backward(make, values):
     torch.testing.assert_close(*results)
 
 
+class Adapted(torch.nn.Module):
+    """A layer with something random around it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x) + F.dropout(self.base(x), 0.5)
+
+
+@pytest.mark.parametrize("how", ("module", "hook", "pre-hook"))
+def test_recomputed_layers_draw_the_same(how):
+    torch.manual_seed(0)
+    for mlp, name in ((nn.MLP((8, 16, 4)), "0"), (nn.GatedMLP(8, 16), "gate_up")):
+        layer = getattr(mlp, name)
+        if how == "module":
+            setattr(mlp, name, Adapted(layer))
+        elif how == "hook":
+            layer.register_forward_hook(lambda m, args, y: F.dropout(y, 0.5))
+        else:
+            layer.register_forward_pre_hook(lambda m, args: F.dropout(args[0], 0.5))
+        x, grads = draw(6, 8, dtype=torch.float32), []
+        for mlp.recompute in (False, True):
+            torch.manual_seed(1)
+            y = mlp(x)
+            torch.rand(3)  # the generator goes on between forward and backward
+            grads.append((y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])))
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("recompute", (False, True))
 def test_layers_compile_in_one_graph(recompute):
     torch._dynamo.reset()

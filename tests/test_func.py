@@ -256,6 +256,28 @@ def test_labels_of_each_sample(shape, dims):
         same(found[i], plain(lambda x, labels=its_labels: loss(x, labels), one)[0])
 
 
+def test_functionalize_of_running_statistics():
+    """They are among its arguments, as what a functional call changes has to be."""
+    x, found = make(6, 4).float(), []
+    for nn in (fusegrad.nn, torch.nn):
+        norm = nn.BatchNorm1d(4)
+        state = dict(norm.named_parameters()) | dict(norm.named_buffers())
+        y = torch.func.functionalize(lambda state, x, norm=norm: torch.func.functional_call(norm, state, (x,)))(state, x)
+        found.append([y, *norm.state_dict().values()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("options", ({}, dict(reduction="sum", label_smoothing=0.2, z_loss=0.1), dict(weight=True)), ids=str)
+def test_one_label_of_each_sample(options):
+    """Logits [C] and a label without dimensions are a sample's, and reduced."""
+    x, labels = make(5, 8), torch.tensor([1, 0, 7, 3, 2])
+    options = options | (dict(weight=make(8).abs()) if "weight" in options else {})
+    for f in (grad, torch.func.hessian):
+        found = vmap(f(lambda x, label: fused.cross_entropy(x, label, **options)))(x, labels)
+        for i in range(5):
+            same([found[i]], [f(lambda x, label: fused.cross_entropy(x, label, **options))(x[i], labels[i])])
+
+
 def test_ensembles():
     """Stacked models, and per-sample gradients of each."""
     torch.manual_seed(3)

@@ -320,6 +320,20 @@ def test_what_goes_through_the_whole_logits():
         head, native = (m.LinearCrossEntropyLoss(H, 5, out_features=(2, 3), bias=True) for m in (fusegrad.nn, torch.nn))
         head.load_state_dict(native.state_dict())
         torch.testing.assert_close(head(x, labels), native(x, labels))
+        for wrong in (labels[:, 0, 0], labels[:-1], labels[0, 0, 0]):
+            with pytest.raises(ValueError, match="cross_entropy: target must have one class per item"):
+                fused.linear_cross_entropy(x, wide, wrong)
+        assert fused.linear_cross_entropy(x[:, :0], w[:, :0], soft).isclose(torch.tensor(float(V)).log())
+        labels[3], labels[5, 1, 0] = -100, -100
+        (expected,) = torch.autograd.grad(fused.linear_cross_entropy(x, wide, labels), wide)
+        broken = x.detach().clone()
+        broken[3] = torch.nan  # an ignored token
+        loss = fused.linear_cross_entropy(broken, wide, labels)
+        assert torch.equal(*(torch.autograd.grad(loss, wide)[0], expected))
+        for a, b in ((F32, BF16), (F64, F32), (F16, BF16)):
+            for weight, target in ((wide, labels), (w, soft)):
+                with pytest.raises(TypeError, match=f"linear_cross_entropy: linear_weight must be {a}.*, got {b}"):
+                    fused.linear_cross_entropy(x.to(a), weight.to(b), target)
 
 
 def test_torchs_options():
@@ -342,6 +356,13 @@ def test_autocast():
             loss = fused.linear_cross_entropy(a, w, target)
         assert loss.dtype == dtype
         assert [g.dtype for g in torch.autograd.grad(loss, (a, w))] == [a.dtype, w.dtype]
+    for a, b in ((F32, BF16), (F16, BF16), (BF16, F16), (F32, F16)):  # what meets only under autocast
+        both = x.detach().to(a).requires_grad_(), w.detach().to(b).requires_grad_()
+        with torch.autocast("cpu", dtype=BF16):
+            loss = fused.linear_cross_entropy(*both, target, weight=torch.ones(V, dtype=b))
+            assert fused.linear_token_log_probs(*both, target).dtype == F32
+        assert loss.dtype == F32 and [g.dtype for g in torch.autograd.grad(loss, both)] == [a, b]
+        torch.testing.assert_close(loss, fused.linear_cross_entropy(*(t.float() for t in both), target))
 
 
 def test_a_tied_head_trains_as_torchs():
@@ -378,6 +399,7 @@ BAD = [
     (lambda: fused.linear_cross_entropy(x, w.to_sparse(), labels), RuntimeError, "linear_cross_entropy: linear_weight must be a dense tensor on cpu, where the first argument is, got a tensor of layout Sparse on cpu"),
     (lambda: fused.linear_cross_entropy(x[None], w, labels[None]), RuntimeError, "linear_cross_entropy: input must have one or two dimensions, got [1, 4, 6]"),
     (lambda: fused.linear_cross_entropy(x, w, labels, weight=torch.ones(8)), RuntimeError, "linear_cross_entropy: weight must have one element per class ([9]), got [8]"),
+    (lambda: fused.linear_cross_entropy(x, w, labels, weight=torch.ones(9).long()), TypeError, "linear_cross_entropy: weight must be torch.float32, got torch.int64"),
     (lambda: fused.linear_cross_entropy(x, w, labels, reduction="max"), ValueError, "linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', got 'max'"),
     (lambda: fused.linear_cross_entropy(x, w, labels, empty="one"), ValueError, "linear_cross_entropy: empty must be 'nan' or 'zero', got 'one'"),
     (lambda: fused.linear_cross_entropy(x, w, labels, label_smoothing=2.0), RuntimeError, "linear_cross_entropy: label_smoothing must be in [0, 1], got 2.0"),

@@ -142,6 +142,8 @@ def test_old_arguments(name, size_average, reduce):
     with pytest.warns(UserWarning, match=f"{name}: size_average and reduce are deprecated"):
         getattr(fused, name)(x, t, size_average=size_average, reduce=reduce)
     compare(*both(name, x, t, size_average=size_average, reduce=reduce), [x, t])
+    if name == "kl_div":
+        compare(*both(name, x, t, size_average=size_average, reduce=reduce, reduction="batchmean"), [x, t])
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -149,6 +151,27 @@ def test_old_arguments(name, size_average, reduce):
 def test_no_elements(name, reduction):
     x, t = pair(name, 0, 8)
     compare(*both(name, x, t, reduction=reduction), [x, t])
+    if reduction != "none":
+        seconds = []
+        for loss in both(name, x, t, reduction=reduction):
+            g = torch.ones_like(loss, requires_grad=True)
+            (dx,) = torch.autograd.grad(loss, x, g, create_graph=True)
+            seconds += torch.autograd.grad(dx.sum(), g)
+        assert torch.equal(*seconds) and seconds[0] == 0
+
+
+WEIGHTED = ("mse_loss", "l1_loss", "huber_loss", "binary_cross_entropy_with_logits")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("dtype", (torch.int64, torch.uint8, torch.bool))
+def test_weights_of_numbers(name, dtype):
+    x, t = pair(name, 4, 6)
+    weight = torch.randint(2, (4, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    for reduction in REDUCTIONS:
+        compare(*both(name, x, t, weight=weight, reduction=reduction), [x])
+    if name not in WEIGHTED[:3]:
+        compare(*both(name, x, t, pos_weight=torch.tensor(3, device=DEVICE)), [x])
 
 
 @pytest.mark.parametrize("name", ("mse_loss", "l1_loss", "smooth_l1_loss", "kl_div"))
@@ -233,6 +256,11 @@ def test_autocast(name, dtype):
         assert ours.dtype == theirs.dtype
         wide = getattr(fused, name)(x.double(), t.double(), reduction=reduction)
         torch.testing.assert_close(ours.double(), wide, rtol=2e-6, atol=2e-6)
+    if name in WEIGHTED:
+        for of_weight in (F32, F64, BF16, F16):
+            with torch.autocast(DEVICE, dtype=BF16):
+                ours, theirs = both(name, x, t, weight=torch.ones_like(t, dtype=of_weight))
+            assert ours.dtype == theirs.dtype, of_weight
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -275,6 +303,11 @@ def test_errors():
         ),
         (lambda: bce(x, t, pos_weight=w), RuntimeError, "binary_cross_entropy_with_logits: pos_weight must not require grad"),
         (lambda: bce(x, t, x[:, :4].detach()), RuntimeError, r"weight must broadcast to the input's shape \[4, 5\], got \[4, 4\]"),
+        (
+            lambda: fused.mse_loss(x, t, weight=t.detach().to_sparse()),
+            RuntimeError,
+            "mse_loss: weight must be a dense tensor, got torch.sparse_coo",
+        ),
         (lambda: fused.mse_loss(x, 1.0), TypeError, "mse_loss: target must be a Tensor, got float"),
         (lambda: fused.kl_div(x, t.to("meta"), reduction="sum"), RuntimeError, "kl_div: target must be on"),
     ]

@@ -247,6 +247,34 @@ def test_tables_of_the_module_outlive_where_they_were_made():
         grown(q, q, position_ids=torch.tensor([0, 1, 2, 3, 4, -1]))
 
 
+def test_whatever_takes_the_buffers_of_a_model_leaves_the_tables_alone():
+    """Meta tensors that get memory, other default devices, running averages of models whose tables have grown apart."""
+    q = torch.randn(1, 2, 6, 8)
+    expected = fusegrad.nn.RotaryEmbedding(8)(q, q)[0]
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), fusegrad.nn.RotaryEmbedding(8))
+        assert model[1].cos.is_meta and model[1](q.to("meta"), q.to("meta"))[0].is_meta
+    model.to_empty(device="cpu")
+    assert torch.equal(model[1](q, q)[0], expected) and not list(model.buffers())
+    model.to_empty(device="cpu")
+    assert torch.equal(model[1](q, q)[0], expected)
+    assert torch.equal(torch.nn.utils.skip_init(fusegrad.nn.RotaryEmbedding, 8)(q, q)[0], expected)
+    for use_buffers in (False, True):
+        model[1] = fusegrad.nn.RotaryEmbedding(8, max_position=4)
+        average = torch.optim.swa_utils.AveragedModel(model, use_buffers=use_buffers)
+        model[1](q, q)
+        average.update_parameters(model)
+        assert torch.equal(average.module[1](q, q)[0], expected)
+    moved = fusegrad.nn.RotaryEmbedding(8)
+    moved(q.to("meta"), q.to("meta"))  # of a model whose parameters and buffers were moved one by one
+    assert moved.cos.is_meta and torch.equal(moved(q, q)[0], expected)
+
+
+def test_positions_on_another_device():
+    with pytest.raises(RuntimeError, match="rotary_embedding: position_ids must be on cpu, where cos is, got a tensor on meta"):
+        F.rotary_embedding(q, k, t, t, position_ids=torch.zeros(5, dtype=torch.int64, device="meta"))
+
+
 @pytest.mark.parametrize("backward", (lambda a, b: a.sum() + b.sum(), lambda a, b: a.sum(), lambda a, b: b.sum()))
 def test_no_heads(backward):
     q, k = draw(2, 0, 5, 16).requires_grad_(), draw(2, 0, 5, 16).requires_grad_()

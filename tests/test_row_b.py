@@ -161,6 +161,47 @@ def test_b1_compile():
         torch.testing.assert_close(a, b)
 
 
+class Of1(torch.nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, a):
+        return self.part(a)
+
+
+class Of2(Of1):
+    def forward(self, a, b):
+        return self.part(a, b)
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@each_module
+def test_b1_fx_takes_a_module_as_one_node(ours, native, args):
+    """As it does torch's: what depends on sizes and on `training` is asked when the graph runs."""
+    model = (Of1, Of2)[len(args) - 1](copy.deepcopy(ours).train())
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.op for n in traced.graph.nodes if n.op.startswith("call")] == ["call_module"]
+    for training in (True, False):
+        model.train(training), traced.train(training)
+        assert equal(call(traced, args), call(model, args))
+
+
+def test_b1_fx_goes_into_what_is_not_ours():
+    """A forward of somebody's that calls ours is followed; a module that is the whole model too."""
+    x = torch.randn(3, 4, device=DEVICE)
+    patched = nn.Linear(4, 4).to(DEVICE)
+    patched.forward = lambda x: 3 * nn.Linear.forward(patched, x)
+    for model in (Of1(Twice(4, 4).to(DEVICE)), Of1(patched), nn.Linear(4, 4).to(DEVICE)):
+        traced = torch.fx.symbolic_trace(model)
+        assert not [n for n in traced.graph.nodes if n.op == "call_module"]
+        assert torch.equal(traced(x), model(x))
+
+
 # --- B2: hooks ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The modules. Where `torch.nn` has one of the same name, ours is a subclass of it: same constructor, parameters and state dict."""
 
+from ._op import one_node
 from .ops.add_norm import AddLayerNorm, AddRMSNorm
 from .ops.bias_act import BiasAct
 from .ops.channel_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
@@ -59,3 +60,6 @@ __all__ = [
     "Softmax",
     "SwiGLU",
 ]
+
+for _name in __all__:
+    one_node(globals()[_name])

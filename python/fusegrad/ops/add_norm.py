@@ -244,11 +244,9 @@ def add_layer_norm(
 
 
 class _Adds:
-    """A norm that adds first: `p` beside the norm's own arguments, and a forward of two tensors."""
+    """A norm that adds first, after a dropout: `p` beside the norm's own arguments, and a forward of two tensors."""
 
-    def __init__(self, *args, p: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.p = probability(type(self).__name__, p)
+    p: float
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", p={self.p}" if self.p else "")
@@ -258,6 +256,10 @@ class AddRMSNorm(_Adds, RMSNorm):
     """`AddRMSNorm(...)(input, residual)` gives `(normed, summed)`; arguments and parameters are those of `RMSNorm`, and `p`, the
     probability to drop an element of the input. See `add_rms_norm`."""
 
+    def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, p: float = 0.0, **options):
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype, **options)
+        self.p = probability("AddRMSNorm", p)
+
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         options = dict(weight_offset=self.weight_offset, cast_order=self.cast_order, p=self.p, training=self.training)
         return add_rms_norm(input, residual, self.normalized_shape, self.weight, self.eps, **options)
@@ -266,6 +268,10 @@ class AddRMSNorm(_Adds, RMSNorm):
 class AddLayerNorm(_Adds, LayerNorm):
     """`AddLayerNorm(...)(input, residual)` gives `(normed, summed)`; arguments and parameters are those of `LayerNorm`, and `p`, the
     probability to drop an element of the input. See `add_layer_norm`."""
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, device=None, dtype=None, *, p: float = 0.0):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.p = probability("AddLayerNorm", p)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         options = dict(p=self.p, training=self.training)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._activations import activate, number, torchs
 from .._autograd import BatchJoined, Function, differentiable
 from .._op import SHAPES, Op, Sample, autocast, check_constant, check_tensor, compiled, integer, overridable, real, wide, wide_dtype
@@ -280,6 +281,12 @@ def batch_norm(
         raise ValueError(f"batch_norm: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must be given when training is False, got None")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm: running_mean and running_var must be given both or neither, got one None")
+    moved = training and running_mean is not None and _transforms.known and _transforms.active()
+    if moved and _transforms.is_batched(input) and not _transforms.is_batched(running_mean):
+        fix = "give each item its own, or none (track_running_stats=False)"
+        raise RuntimeError(f"batch_norm: running_mean and running_var must have the batch dimension of vmap that input has ({fix})")
     given = (None, None) if training else (running_mean, running_var)
     y, stats = BatchNormFn.call((input, weight, bias, residual, *given), eps, kind)
     if training and input.numel() and not (running_mean is None and running_var is None):

@@ -42,7 +42,8 @@ def cross_entropy_reference(
     log_p = F.log_softmax(z, dim)
     weight = torch.ones(x.shape[dim], dtype=z.dtype, device=x.device) if w is None else wide(w)
     label = torch.where(kept, target, 0)
-    label_weight = torch.where(kept, weight[label], 0)
+    # Not weight[label], which vmap does not know for a single label.
+    label_weight = torch.where(kept, weight.index_select(0, label.flatten()).view(label.shape), 0)
     loss = -(1 - smoothing) * label_weight * log_p.gather(dim, label.unsqueeze(dim)).squeeze(dim)
     if smoothing != 0:
         loss = loss - smoothing / x.shape[dim] * (log_p.movedim(dim, -1) * weight).sum(-1)
@@ -231,6 +232,8 @@ def cross_entropy(
         if weight.shape != (classes,):
             raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
         check_constant("cross_entropy", weight=weight)
+        if autocast(input) and weight.dtype.itemsize == 2:
+            weight = weight.to(wide_dtype(input))
     loss, lse = CrossEntropyFn.call(
         (input, target, weight, num_items), ignore_index, *numbers, reduction != "none",
         reduction == "mean", items, empty == "zero", autocast(input), return_lse,

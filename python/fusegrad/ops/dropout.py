@@ -136,7 +136,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         is NaN, being multiplied by 0. Saved for backward: the seed, 8 bytes.
 
     Raises:
-        ValueError: p outside [0, 1]. TypeError: an integer input. RuntimeError: a tensor that is not dense.
+        ValueError: p outside [0, 1]. TypeError: an integer input, where something is dropped. RuntimeError: a tensor that is not
+        dense.
 
     Equivalent eager code::
 
@@ -148,10 +149,10 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     check_tensor("dropout", "input", input)
     p = probability("dropout", p)
-    if not (input.is_floating_point() or input.is_complex()):
-        raise TypeError(f"dropout: input must be a floating-point tensor, got {input.dtype}")
     if p == 0 or not training:
         return input
+    if not (input.is_floating_point() or input.is_complex()):
+        raise TypeError(f"dropout: input must be a floating-point tensor, got {input.dtype}")
     y = DropoutFn.call((input, draw_seed(input)), p)
     return input.copy_(y) if inplace else y
 

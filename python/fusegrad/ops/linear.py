@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from .._activations import activate, number, torchs
 from .._autograd import Function, differentiable, is_sharded
@@ -27,6 +28,11 @@ def linear_reference(x: Tensor, w: Tensor, b: Tensor | None, act: int) -> Tensor
 @torch.library.register_fake("fusegrad::linear_product")
 def _(x, w, b):
     return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+@register_flop_formula(torch.ops.fusegrad.linear_product)
+def _(x, w, b, out_shape):
+    return 2 * math.prod(x) * w[0]
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -134,6 +140,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != input.dtype:
             raise TypeError(f"linear: {name} must be {input.dtype}, as input is, got {t.dtype}")
+        if t is not None and t.device != input.device:
+            raise RuntimeError(f"linear: {name} must be on {input.device}, where input is, got a tensor on {t.device}")
     if weight.dim() not in (2, 1) or input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
         expected = f"[out, in] or [in] for input [*, in] ({list(input.shape)})"
         raise RuntimeError(f"linear: weight must have shape {expected}, got {list(weight.shape)}")

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import _op
 from .._autograd import Function, differentiable
@@ -61,6 +62,22 @@ def _(x, w, target, b, class_weight, num_items, *options):
         return loss, lse, None, None, divisor, *grads
     top, log_sum = x.new_empty(target.shape, **wide), x.new_empty(target.shape, **wide)
     return loss, lse, top, log_sum, x.new_empty((), **wide) if reduce else None, None, None, None
+
+
+def _product_flops(x, w) -> int:
+    return 2 * math.prod(x) * w[0]
+
+
+@register_flop_formula(torch.ops.fusegrad.linear_cross_entropy_fwd)
+def _(x, w, *rest, out_shape):
+    *_, dx, dw, _ = out_shape
+    return _product_flops(x, w) * (1 + (dx is not None) + (dw is not None))
+
+
+@register_flop_formula(torch.ops.fusegrad.linear_cross_entropy_bwd)
+def _(dloss, dlse, x, w, target, b, class_weight, top, log_sum, *rest, out_shape):
+    dx, dw, _ = out_shape  # without top the forward has made them
+    return 0 if top is None else _product_flops(x, w) * (1 + (dx is not None) + (dw is not None))
 
 
 @torch.library.register_fake("fusegrad::linear_cross_entropy_bwd")
@@ -203,6 +220,22 @@ def _check(op, input, linear_weight, target, linear_bias):
         raise RuntimeError(f"{op}: linear_bias must have shape {list(linear_weight.shape[:-1])}, got {list(linear_bias.shape)}")
 
 
+def _met(input, linear_weight, linear_bias) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast tensors of two dtypes meet in the wider one, as torch's products take any."""
+    dtype = torch.promote_types(input.dtype, linear_weight.dtype)
+    if not autocast(input) or dtype == torch.float64 or linear_weight.dtype in (input.dtype, wide_dtype(input)):
+        return input, linear_weight, linear_bias
+    return input.to(dtype), linear_weight.to(dtype), None if linear_bias is None else linear_bias.to(dtype)
+
+
+def _check_dtypes(op, input, **tensors) -> None:
+    """As the kernel asks of linear_weight and linear_bias, for what does not come to it."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in (input.dtype, wide_dtype(input)):
+            expected = " or ".join(dict.fromkeys((str(input.dtype), str(wide_dtype(input)))))
+            raise TypeError(f"{op}: {name} must be {expected}, got {t.dtype}")
+
+
 def _labels(op, input, target) -> Tensor:
     if target.shape != input.shape[:-1]:
         expected = f"one class per token, shape {list(input.shape[:-1])} for input {list(input.shape)}"
@@ -283,8 +316,12 @@ def linear_cross_entropy(
     _check(op, input, linear_weight, target, linear_bias)
     if input.dim() > 2:
         raise RuntimeError(f"{op}: input must have one or two dimensions, got {list(input.shape)}")
+    input, linear_weight, linear_bias = _met(input, linear_weight, linear_bias)
     if weight is not None:
         check_tensor(op, "weight", weight)
+        if autocast(input) and weight.dtype.itemsize == 2:
+            weight = weight.to(wide_dtype(input))
+        _check_dtypes(op, input, weight=weight)
     reduction_of(op, reduction)
     numbers, divisor = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale), num_items
     items, num_items = loss_items(op, reduction, num_items, empty)
@@ -322,12 +359,16 @@ def linear_cross_entropy(
 def _whole_logits(x, w, target, b, class_weight, ignore_index, options):
     """Where no kernel makes the logits in chunks."""
     op, probabilities = "linear_cross_entropy", target.is_floating_point()
+    _check_dtypes(op, x, linear_weight=w, linear_bias=b)
     if probabilities and ignore_index is not None:
         raise RuntimeError(f"{op}: ignore_index goes with class indices, got {ignore_index} and a target of probabilities")
     if w.dim() > 2 and x.dim() == 1:
         raise RuntimeError(f"{op}: input must be [N, H] with a linear_weight of several dimensions {list(w.shape)}, got {list(x.shape)}")
     _op.fall_back(op, "targets are probabilities" if probabilities else "linear_weight has more than two dimensions", x)
-    z = F.linear(x.to(w.dtype), w.reshape(-1, w.shape[-1]), None if b is None else b.reshape(-1).to(w.dtype))
+    if not probabilities and target.dim() > 1 and target.shape[0] == x.shape[0]:
+        # Cut off, so that an infinity in an ignored token makes no NaN gradient of w.
+        x = torch.where((target != ignored(op, ignore_index)).flatten(1).any(1, keepdim=True), x, 0)
+    z = F.linear(x.to(w.dtype), w.flatten(0, -2), None if b is None else b.flatten().to(w.dtype))
     z = z.reshape(*x.shape[:-1], *w.shape[:-1])
     found = cross_entropy(z, target, class_weight, ignore_index=ignored(op, ignore_index), **options)
     if w.dtype == x.dtype:
@@ -387,6 +428,7 @@ def linear_token_log_probs(
     _check(op, input, linear_weight, target, linear_bias)
     if linear_weight.dim() > 2:
         raise RuntimeError(f"{op}: linear_weight must have two dimensions, got {list(linear_weight.shape)}")
+    input, linear_weight, linear_bias = _met(input, linear_weight, linear_bias)
     target = _labels(op, input, target)
     *_, cap, factor = loss_numbers(op, 0.0, 0.0, logit_softcap, logit_scale)
     shape = target.shape

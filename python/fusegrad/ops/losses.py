@@ -41,8 +41,9 @@ def _reduced(loss, x, w, reduction, wide_out):
     if reduction == NONE:
         return loss.to(x.dtype)
     weight = None if w is None else w.to(loss.dtype).sum()
-    items = {SUM: 1, MEAN: x.numel(), OVER_WEIGHT: weight, OVER_BATCH: x.shape[0] if x.dim() else 1}
-    return (loss.sum() / items[reduction]).to(loss.dtype if wide_out else x.dtype)
+    items = {SUM: 1, OVER_WEIGHT: weight, OVER_BATCH: x.shape[0] if x.dim() else 1}
+    total = loss.mean() if reduction == MEAN else loss.sum() / items[reduction]  # mean() has derivatives of no elements too
+    return total.to(loss.dtype if wide_out else x.dtype)
 
 
 def _both(x, target):
@@ -197,6 +198,8 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
     for name, value in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos)):
         if value is not None or name in ("input", "target"):
             check_tensor(op, name, value)
+            if value.layout != torch.strided:
+                raise RuntimeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
     if input.is_complex() or target.is_complex():
         if kind != L1 or weight is not None:
             raise TypeError(f"{op}: input and target must be real, got {input.dtype} and {target.dtype}")
@@ -215,12 +218,15 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         (dtype,) = with_dimensions
     elif kind != HUBER:  # torch expands the two before
         dtype = torch.promote_types(dtype, target.dtype)
+    weight, pos = (t if t is None or t.is_floating_point() or t.dtype == torch.bool else t.to(dtype) for t in (weight, pos))
     for other in (weight, pos):
         if other is not None and (other.dim() > 0 or input.dim() == 0 or not dtype.is_floating_point):
             dtype = torch.promote_types(dtype, other.dtype)
     result = target.dtype if kind == BCE and target.is_floating_point() else dtype  # a quirk of torch's
-    if kind <= KL and kind != FOCAL and autocast(input):  # of torch's functions
-        result = dtype = torch.promote_types(dtype, torch.float32)
+    # With a weight torch's are made of operators, of which autocast knows mse's power on CUDA.
+    known = weight is None or kind != L1 and (kind != MSE or input.is_cuda)
+    if kind <= KL and kind != FOCAL and known and autocast(input):  # of torch's functions
+        result, dtype = (torch.promote_types(t, torch.float32) for t in (result, dtype))
     if not target.is_floating_point() and target.dtype != torch.bool:
         target = target.to(dtype)
 
@@ -564,8 +570,10 @@ def kl_div(
     """
     if size_average is None and reduce is None and reduction == "mean":
         warn("kl_div: reduction='mean' divides by all elements; 'batchmean' is the divergence")
-    reduction = reduction_of("kl_div", reduction, size_average, reduce, known=tuple(REDUCTIONS))
-    return _loss(KLDivFn, KL, input, target, reduction, log_target=log_target)
+    meant = reduction_of("kl_div", reduction, size_average, reduce, known=tuple(REDUCTIONS))
+    loss = _loss(KLDivFn, KL, input, target, meant, log_target=log_target)
+    # A quirk of torch's: the old names win, and are divided too.
+    return loss / input.shape[0] if reduction == "batchmean" != meant and input.dim() and len(input) else loss
 
 
 @_documented

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _transforms
+from .._activations import number
 from .gated import geglu, geglu_tanh, reglu, swiglu
 from .linear import Linear
 
@@ -23,7 +24,9 @@ class _Recomputing(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # Within a functorch level checkpoints are not to be had, nor of use: it differentiates within the call.
         if self.recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _transforms.active()):
-            return checkpoint(self.layers, input, use_reentrant=False, preserve_rng_state=False)
+            # Plain layers draw no random numbers. What somebody put around one may, and must draw the same ones again.
+            plain = all([type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in self.children()])
+            return checkpoint(self.layers, input, use_reentrant=False, preserve_rng_state=not plain)
         return self.layers(input)
 
     def layers(self, input: Tensor) -> Tensor:
@@ -62,6 +65,7 @@ class MLP(_Recomputing):
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be at least two, got {list(sizes)}")
+        number("MLP", activation)
         self.sizes, self.recompute = tuple(sizes), recompute
         activations = [activation] * (len(sizes) - 2) + [final_activation]
         for i, act in enumerate(activations):

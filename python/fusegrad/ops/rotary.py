@@ -144,6 +144,8 @@ def _tables(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_id
         if cos.dim() != 2 or position_ids.dim() not in (1, 2) or position_ids.dtype not in (torch.int64, torch.int32):
             fact = f"{position_ids.dtype} {list(position_ids.shape)} and cos {list(cos.shape)}"
             raise RuntimeError(f"{op}: position_ids must be [seq] or [batch, seq] of integers, and cos [positions, rot_dim], got {fact}")
+        if position_ids.device != cos.device:
+            raise RuntimeError(f"{op}: position_ids must be on {cos.device}, where cos is, got a tensor on {position_ids.device}")
         positions = cos.shape[0]
         try:
             cos, sin = F.embedding(position_ids, cos), F.embedding(position_ids, sin)  # which counts no position from the end
@@ -274,7 +276,8 @@ class RotaryEmbedding(torch.nn.Module):
         max_position: how many positions the tables start with.
         interleaved: see `rotary_embedding`.
 
-    The tables are float32 (also beside 16-bit q and k) and not part of the state dict.
+    The tables `cos` and `sin` are `[max_position, dim]`, float32 (also beside 16-bit q and k; float64 in a module that is cast to it), and
+    follow the module to another device. They are no buffers: what fills, averages or broadcasts those of a model has nothing to do here.
     """
 
     def __init__(self, dim: int, base: float = 10000.0, max_position: int = 2048, *, interleaved: bool = False, device=None):
@@ -282,33 +285,28 @@ class RotaryEmbedding(torch.nn.Module):
         if dim % 2:
             raise ValueError(f"RotaryEmbedding: dim must be even, got {dim}")
         self.dim, self.base, self.interleaved = dim, float(base), interleaved
-        for name, table in zip(("cos", "sin"), self._tables(max_position, device, torch.float32)):
-            self.register_buffer(name, table, persistent=False)
+        self._build(max_position, torch.empty(0, device=device).device, torch.float32)
 
-    def _tables(self, positions: int, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        wide = dict(dtype=torch.float64, device="cpu")
-        angles = torch.outer(torch.arange(positions, **wide), self.base ** (-torch.arange(0, self.dim, 2, **wide) / self.dim))
-        angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), -1)
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-    def _build(self, positions: int, device, dtype: torch.dtype) -> None:
+    def _build(self, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # they outlive it
-            self.cos, self.sin = self._tables(positions, device, dtype)
-
-    def reset_parameters(self) -> None:
-        self._build(len(self.cos), self.cos.device, self.cos.dtype)
+            wide = dict(dtype=torch.float64, device="cpu")
+            angles = torch.outer(torch.arange(positions, **wide), self.base ** (-torch.arange(0, self.dim, 2, **wide) / self.dim))
+            angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), -1)
+            self.cos, self.sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
     def _apply(self, fn, recurse=True):
-        before = self.cos
         super()._apply(fn, recurse)
-        if self.cos.dtype != before.dtype or before.is_meta:  # never rounded: bfloat16 has no room for the angles of far positions
-            self._build(len(self.cos), self.cos.device, torch.promote_types(self.cos.dtype, torch.float32))
+        moved = fn(self.cos.new_empty(0))
+        dtype = torch.promote_types(moved.dtype, torch.float32)  # bfloat16 has no room for the angles of far positions
+        if (moved.device, dtype) != (self.cos.device, self.cos.dtype):
+            self._build(len(self.cos), moved.device, dtype)  # never rounded twice
         return self
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         seq = q.shape[-2]
-        if position_ids is None and seq > len(self.cos):
-            self._build(max(seq, 2 * len(self.cos)), self.cos.device, self.cos.dtype)
+        longer = position_ids is None and seq > len(self.cos)
+        if longer or self.cos.device != q.device:  # who shards a model moves its parameters and buffers by himself
+            self._build(max(seq, 2 * len(self.cos)) if longer else len(self.cos), q.device, self.cos.dtype)
         cos, sin = (self.cos, self.sin) if position_ids is not None else (self.cos[:seq], self.sin[:seq])
         tables = cos.to(wide_dtype(q)), sin.to(wide_dtype(q))
         return rotary_embedding(q, k, *tables, interleaved=self.interleaved, position_ids=position_ids)
