@@ -363,6 +363,11 @@ def test_autocast():
             assert fused.linear_token_log_probs(*both, target).dtype == F32
         assert loss.dtype == F32 and [g.dtype for g in torch.autograd.grad(loss, both)] == [a, b]
         torch.testing.assert_close(loss, fused.linear_cross_entropy(*(t.float() for t in both), target))
+    bias = torch.randn(V, dtype=BF16)
+    with torch.autocast("cpu", dtype=BF16), fusegrad.strict(False):
+        for weight, labels in ((w, target), (w, torch.rand(T, V).softmax(1)), (w.view(V, 1, H), target[:, None])):
+            loss = fused.linear_cross_entropy(x, weight, labels, linear_bias=bias.view(weight.shape[:-1]))
+            assert loss.dtype == F32 and loss.isfinite()
 
 
 def test_a_tied_head_trains_as_torchs():

@@ -248,16 +248,20 @@ def test_tables_of_the_module_outlive_where_they_were_made():
 
 
 def test_whatever_takes_the_buffers_of_a_model_leaves_the_tables_alone():
-    """Meta tensors that get memory, other default devices, running averages of models whose tables have grown apart."""
+    """Meta tensors that get memory, other default devices, running averages of models of which one has seen a longer sequence."""
     q = torch.randn(1, 2, 6, 8)
     expected = fusegrad.nn.RotaryEmbedding(8)(q, q)[0]
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), fusegrad.nn.RotaryEmbedding(8))
         assert model[1].cos.is_meta and model[1](q.to("meta"), q.to("meta"))[0].is_meta
     model.to_empty(device="cpu")
-    assert torch.equal(model[1](q, q)[0], expected) and not list(model.buffers())
+    assert torch.equal(model[1](q, q)[0], expected)
     model.to_empty(device="cpu")
     assert torch.equal(model[1](q, q)[0], expected)
+    with torch.device("meta"):
+        empty = torch.nn.Sequential(torch.nn.Linear(8, 8), fusegrad.nn.RotaryEmbedding(8))
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty[1](q, q)[0], expected) and not empty[1].sin.is_meta
     assert torch.equal(torch.nn.utils.skip_init(fusegrad.nn.RotaryEmbedding, 8)(q, q)[0], expected)
     for use_buffers in (False, True):
         model[1] = fusegrad.nn.RotaryEmbedding(8, max_position=4)
@@ -265,9 +269,27 @@ def test_whatever_takes_the_buffers_of_a_model_leaves_the_tables_alone():
         model[1](q, q)
         average.update_parameters(model)
         assert torch.equal(average.module[1](q, q)[0], expected)
-    moved = fusegrad.nn.RotaryEmbedding(8)
-    moved(q.to("meta"), q.to("meta"))  # of a model whose parameters and buffers were moved one by one
-    assert moved.cos.is_meta and torch.equal(moved(q, q)[0], expected)
+        assert len(model[1].cos) == 4  # in every replica
+
+
+def test_longer_tables_are_made_once_and_never_fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q = torch.randn(1, 2, 60, 8)
+    expected = fusegrad.nn.RotaryEmbedding(8)(q, q)[0]
+    m, made = fusegrad.nn.RotaryEmbedding(8, max_position=4), []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(q)
+        assert m(fake, fake)[0].shape == q.shape
+    assert torch.equal(m(q, q)[0], expected)
+    m, tables = fusegrad.nn.RotaryEmbedding(8, max_position=4), m._tables
+    m._tables = lambda *args: made.append(args) or tables(*args)
+    for seq in range(1, 61):
+        assert torch.equal(m(q[:, :, :seq], q[:, :, :seq])[0], expected[:, :, :seq])
+    assert [positions for positions, *_ in made] == [8, 16, 32, 64]
+    m.double()
+    torch.testing.assert_close(m(q.double(), q.double())[0].float(), expected)
+    assert len(made) == 6  # the buffers, and those beside them
 
 
 def test_positions_on_another_device():

@@ -194,12 +194,26 @@ def test_b1_fx_takes_a_module_as_one_node(ours, native, args):
 def test_b1_fx_goes_into_what_is_not_ours():
     """A forward of somebody's that calls ours is followed; a module that is the whole model too."""
     x = torch.randn(3, 4, device=DEVICE)
-    patched = nn.Linear(4, 4).to(DEVICE)
-    patched.forward = lambda x: 3 * nn.Linear.forward(patched, x)
-    for model in (Of1(Twice(4, 4).to(DEVICE)), Of1(patched), nn.Linear(4, 4).to(DEVICE)):
+    for model in (Of1(Twice(4, 4).to(DEVICE)), nn.Linear(4, 4).to(DEVICE)):
         traced = torch.fx.symbolic_trace(model)
         assert not [n for n in traced.graph.nodes if n.op == "call_module"]
         assert torch.equal(traced(x), model(x))
+    tracer = torch.fx.Tracer()
+    tracer.is_leaf_module = lambda m, name: False
+    model = Of1(nn.Linear(4, 4).to(DEVICE))
+    graph = tracer.trace(model)
+    assert not [n for n in graph.nodes if n.op == "call_module"]
+    assert torch.equal(torch.fx.GraphModule(model, graph)(x), model(x))
+
+
+def test_b1_fx_leaves_hooks_and_what_is_set_on_an_object_where_they_are():
+    x = torch.randn(3, 4, device=DEVICE)
+    hooked, patched = nn.Linear(4, 4).to(DEVICE), nn.Linear(4, 4).to(DEVICE)
+    hooked.register_forward_hook(lambda m, args, y: 2 * y)
+    hooked.register_forward_pre_hook(lambda m, args: args[0] + 1)
+    patched.forward = lambda x: 3 * nn.Linear.forward(patched, x)
+    for part in (hooked, patched):
+        assert torch.equal(torch.fx.symbolic_trace(Of1(part))(x), part(x))
 
 
 # --- B2: hooks ---------------------------------------------------------------------------------------------------------------------

@@ -125,23 +125,6 @@ def overridable(functional: Callable) -> Callable:
     return call
 
 
-def one_node(module: type[torch.nn.Module]) -> None:
-    """Has torch.fx take a module of that class as one node, as it takes those of torch.nn: what it does hangs on sizes and on
-    `training`, which a trace would keep as they were."""
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def call(self, *args, **kwargs):
-        if has_torch_function((*args, *kwargs.values())):
-            tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy)), None)
-            # Not a subclass that calls this from a forward of its own.
-            if tracer is not None and self is not tracer.root and type(self).forward is call and "forward" not in vars(self):
-                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-        return forward(self, *args, **kwargs)
-
-    module.forward = call
-
-
 def is_traced() -> bool:
     """Whether the call becomes part of a TorchScript trace that is none of an ONNX export."""
     return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()

@@ -258,7 +258,7 @@ class AddRMSNorm(_Adds, RMSNorm):
 
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, p: float = 0.0, **options):
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype, **options)
-        self.p = probability("AddRMSNorm", p)
+        self.p = probability(type(self).__name__, p)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         options = dict(weight_offset=self.weight_offset, cast_order=self.cast_order, p=self.p, training=self.training)
@@ -271,7 +271,7 @@ class AddLayerNorm(_Adds, LayerNorm):
 
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, device=None, dtype=None, *, p: float = 0.0):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.p = probability("AddLayerNorm", p)
+        self.p = probability(type(self).__name__, p)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         options = dict(p=self.p, training=self.training)

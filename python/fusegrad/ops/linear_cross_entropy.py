@@ -222,10 +222,12 @@ def _check(op, input, linear_weight, target, linear_bias):
 
 def _met(input, linear_weight, linear_bias) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast tensors of two dtypes meet in the wider one, as torch's products take any."""
-    dtype = torch.promote_types(input.dtype, linear_weight.dtype)
-    if not autocast(input) or dtype == torch.float64 or linear_weight.dtype in (input.dtype, wide_dtype(input)):
-        return input, linear_weight, linear_bias
-    return input.to(dtype), linear_weight.to(dtype), None if linear_bias is None else linear_bias.to(dtype)
+    if autocast(input) and torch.float64 not in (input.dtype, linear_weight.dtype):
+        if linear_weight.dtype not in (input.dtype, torch.float32):
+            input, linear_weight = input.float(), linear_weight.float()
+        if linear_bias is not None and linear_bias.dtype not in (input.dtype, torch.float32):
+            linear_bias = linear_bias.float()
+    return input, linear_weight, linear_bias
 
 
 def _check_dtypes(op, input, **tensors) -> None:

@@ -223,8 +223,8 @@ def _loss(fn, kind, input, target, reduction, *, weight=None, pos=None, a=0.0, b
         if other is not None and (other.dim() > 0 or input.dim() == 0 or not dtype.is_floating_point):
             dtype = torch.promote_types(dtype, other.dtype)
     result = target.dtype if kind == BCE and target.is_floating_point() else dtype  # a quirk of torch's
-    # With a weight torch's are made of operators, of which autocast knows mse's power on CUDA.
-    known = weight is None or kind != L1 and (kind != MSE or input.is_cuda)
+    # With a weight torch's mse and l1 are made of operators, of which autocast knows a power and a sum on CUDA.
+    known = weight is None or kind not in (MSE, L1) or (input.is_cuda and (kind == MSE or reduction != "none"))
     if kind <= KL and kind != FOCAL and known and autocast(input):  # of torch's functions
         result, dtype = (torch.promote_types(t, torch.float32) for t in (result, dtype))
     if not target.is_floating_point() and target.dtype != torch.bool:
@@ -573,7 +573,7 @@ def kl_div(
     meant = reduction_of("kl_div", reduction, size_average, reduce, known=tuple(REDUCTIONS))
     loss = _loss(KLDivFn, KL, input, target, meant, log_target=log_target)
     # A quirk of torch's: the old names win, and are divided too.
-    return loss / input.shape[0] if reduction == "batchmean" != meant and input.dim() and len(input) else loss
+    return loss / input.shape[0] if reduction == "batchmean" != meant and input.dim() else loss
 
 
 @_documented

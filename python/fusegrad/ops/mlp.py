@@ -24,9 +24,10 @@ class _Recomputing(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # Within a functorch level checkpoints are not to be had, nor of use: it differentiates within the call.
         if self.recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _transforms.active()):
-            # Plain layers draw no random numbers. What somebody put around one may, and must draw the same ones again.
-            plain = all([type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in self.children()])
-            return checkpoint(self.layers, input, use_reentrant=False, preserve_rng_state=not plain)
+            # Our layers draw no random numbers. What somebody put around one may, and must draw the same ones again; a generator cannot
+            # be asked for its state while a CUDA graph is captured.
+            preserve = not (input.is_cuda and torch.cuda.is_current_stream_capturing())
+            return checkpoint(self.layers, input, use_reentrant=False, preserve_rng_state=preserve)
         return self.layers(input)
 
     def layers(self, input: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ class MLP(_Recomputing):
     are `[0]`, `[1]`, ... and `state_dict` has `0.weight`, `0.bias`, ...
 
     Returns:
-        `[*, sizes[-1]]` of the same dtype. Saved for backward: what each `linear` saves; with `recompute` the input and the parameters.
+        `[*, sizes[-1]]` of the same dtype. Saved for backward: what each `linear` saves; with `recompute` the input, the parameters and
+        the state of the random generator.
 
     Raises:
         ValueError: fewer than two sizes, an unknown activation. RuntimeError: an input that does not fit.
@@ -98,7 +100,8 @@ class GatedMLP(_Recomputing):
 
     Returns:
         `[*, dim]` of the same dtype. Saved for backward: the input, the packed projections `[*, 2 hidden]`, their gated product
-        `[*, hidden]` and the parameters; with `recompute` the input and the parameters.
+        `[*, hidden]` and the parameters; with `recompute` the input, the parameters and
+        the state of the random generator.
 
     Raises:
         ValueError: an unknown activation. RuntimeError: an input that does not fit.

@@ -276,38 +276,60 @@ class RotaryEmbedding(torch.nn.Module):
         max_position: how many positions the tables start with.
         interleaved: see `rotary_embedding`.
 
-    The tables `cos` and `sin` are `[max_position, dim]`, float32 (also beside 16-bit q and k; float64 in a module that is cast to it), and
-    follow the module to another device. They are no buffers: what fills, averages or broadcasts those of a model has nothing to do here.
+    The tables `cos` and `sin` are buffers `[max_position, dim]`, float32 (also beside 16-bit q and k; float64 in a module that is cast to
+    it), and not part of the state dict. Those of a longer sequence are kept beside them, so that buffers are of one size in every replica.
     """
+
+    _longer: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, dim: int, base: float = 10000.0, max_position: int = 2048, *, interleaved: bool = False, device=None):
         super().__init__()
         if dim % 2:
             raise ValueError(f"RotaryEmbedding: dim must be even, got {dim}")
         self.dim, self.base, self.interleaved = dim, float(base), interleaved
-        self._build(max_position, torch.empty(0, device=device).device, torch.float32)
+        device = torch.empty(0, device=device).device  # the default one is perhaps none of the CPU, where the tables are computed
+        for name, table in zip(("cos", "sin"), self._tables(max_position, device, torch.float32)):
+            self.register_buffer(name, table, persistent=False)
 
-    def _build(self, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+    def _tables(self, positions: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):  # they outlive it
             wide = dict(dtype=torch.float64, device="cpu")
             angles = torch.outer(torch.arange(positions, **wide), self.base ** (-torch.arange(0, self.dim, 2, **wide) / self.dim))
             angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), -1)
-            self.cos, self.sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+            return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+    def _tables_for(self, seq: int) -> tuple[Tensor, Tensor]:
+        tables = self._longer
+        if tables is None or (tables[0].device, tables[0].dtype) != (self.cos.device, self.cos.dtype):
+            tables = self.cos, self.sin
+        if seq > len(tables[0]):
+            tables = self._tables(max(seq, 2 * len(tables[0])), self.cos.device, self.cos.dtype)
+            if type(tables[0]) is Tensor:  # and no fake one
+                self._longer = tables
+        return tables
+
+    def reset_parameters(self) -> None:
+        self.cos, self.sin = self._tables(len(self.cos), self.cos.device, self.cos.dtype)
 
     def _apply(self, fn, recurse=True):
+        before = self.cos
         super()._apply(fn, recurse)
-        moved = fn(self.cos.new_empty(0))
-        dtype = torch.promote_types(moved.dtype, torch.float32)  # bfloat16 has no room for the angles of far positions
-        if (moved.device, dtype) != (self.cos.device, self.cos.dtype):
-            self._build(len(self.cos), moved.device, dtype)  # never rounded twice
+        if self.cos is not before:  # elsewhere, without numbers, or rounded: bfloat16 has no room for the angles of far positions
+            dtype = torch.promote_types(self.cos.dtype, torch.float32)
+            self.cos, self.sin = self._tables(len(self.cos), self.cos.device, dtype)
         return self
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        seq = q.shape[-2]
-        longer = position_ids is None and seq > len(self.cos)
-        if longer or self.cos.device != q.device:  # who shards a model moves its parameters and buffers by himself
-            self._build(max(seq, 2 * len(self.cos)) if longer else len(self.cos), q.device, self.cos.dtype)
-        cos, sin = (self.cos, self.sin) if position_ids is not None else (self.cos[:seq], self.sin[:seq])
+        cos, sin = self.cos, self.sin
+        if cos.is_meta and not q.is_meta:  # of a meta module whose parameters came by load_state_dict(assign=True)
+            cos, sin = self._tables(len(cos), q.device, cos.dtype)
+            if type(cos) is Tensor:
+                self.cos, self.sin = cos, sin
+        if position_ids is None:
+            seq = q.shape[-2]
+            if seq > len(cos):
+                cos, sin = self._tables_for(seq)
+            cos, sin = cos[:seq], sin[:seq]
         tables = cos.to(wide_dtype(q)), sin.to(wide_dtype(q))
         return rotary_embedding(q, k, *tables, interleaved=self.interleaved, position_ids=position_ids)
 
