@@ -189,17 +189,16 @@ def test_flops_are_counted_as_torchs():
     from torch.utils.flop_counter import FlopCounterMode
 
     labels, x = torch.tensor([0, 3, 4]), torch.randn(3, 8, requires_grad=True)
-    models = [(m.Linear(8, 6), m.Sequential(m.Linear(8, 16), m.GELU(), m.Linear(16, 5))) for m in (torch.nn,)]
-    models += [(fusegrad.nn.Linear(8, 6), fusegrad.nn.MLP((8, 16, 5), "gelu"))]
-    found = []
-    for of_torch in models:
-        for model in of_torch:
-            for frozen in (False, True):
+    mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 5))
+    for pair in (torch.nn.Linear(8, 6), fusegrad.nn.Linear(8, 6)), (mlp, fusegrad.nn.MLP((8, 16, 5), "gelu")):
+        for of_x in (x, x.detach()):
+            found = []
+            for model in pair:
                 with FlopCounterMode(display=False) as counter:
-                    y = model(x.detach() if frozen else x)
+                    y = model(of_x)
                     y.backward(torch.ones_like(y))
                 found.append(counter.get_total_flops())
-    assert found[:4] == found[4:] and min(found) > 0
+            assert found[0] == found[1] > 0
 
     w, logits = torch.randn(5, 8, requires_grad=True), 2 * 3 * 5 * 8
     for options, products in ({}, 3), (dict(return_lse=True), 4), (dict(reduction="none"), 4):

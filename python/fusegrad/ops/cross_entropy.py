@@ -141,6 +141,11 @@ def loss_items(op: str, reduction: str, num_items, empty: str) -> tuple[float, T
     return items, None
 
 
+def weight_under_autocast(input: Tensor, weight: Tensor) -> Tensor:
+    """Under autocast one of 16 bits goes with any logits, as in torch."""
+    return weight.to(wide_dtype(input)) if autocast(input) and weight.dtype.itemsize == 2 else weight
+
+
 @overridable
 def cross_entropy(
     input: Tensor,
@@ -232,8 +237,7 @@ def cross_entropy(
         if weight.shape != (classes,):
             raise RuntimeError(f"cross_entropy: weight must have one element per class ([{classes}]), got {list(weight.shape)}")
         check_constant("cross_entropy", weight=weight)
-        if autocast(input) and weight.dtype.itemsize == 2:
-            weight = weight.to(wide_dtype(input))
+        weight = weight_under_autocast(input, weight)
     loss, lse = CrossEntropyFn.call(
         (input, target, weight, num_items), ignore_index, *numbers, reduction != "none",
         reduction == "mean", items, empty == "zero", autocast(input), return_lse,

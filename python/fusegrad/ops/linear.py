@@ -30,9 +30,14 @@ def _(x, w, b):
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
+def product_flops(x, w) -> int:
+    """Of shapes."""
+    return 2 * math.prod(x) * w[0]
+
+
 @register_flop_formula(torch.ops.fusegrad.linear_product)
 def _(x, w, b, out_shape):
-    return 2 * math.prod(x) * w[0]
+    return product_flops(x, w)
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -34,8 +34,10 @@ from .cross_entropy import (
     loss_items,
     loss_numbers,
     summed_options,
+    weight_under_autocast,
     without_first,
 )
+from .linear import product_flops
 
 linear_cross_entropy_fwd = compiled("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = compiled("linear_cross_entropy_bwd")
@@ -64,20 +66,16 @@ def _(x, w, target, b, class_weight, num_items, *options):
     return loss, lse, top, log_sum, x.new_empty((), **wide) if reduce else None, None, None, None
 
 
-def _product_flops(x, w) -> int:
-    return 2 * math.prod(x) * w[0]
-
-
 @register_flop_formula(torch.ops.fusegrad.linear_cross_entropy_fwd)
 def _(x, w, *rest, out_shape):
     *_, dx, dw, _ = out_shape
-    return _product_flops(x, w) * (1 + (dx is not None) + (dw is not None))
+    return product_flops(x, w) * (1 + (dx is not None) + (dw is not None))
 
 
 @register_flop_formula(torch.ops.fusegrad.linear_cross_entropy_bwd)
 def _(dloss, dlse, x, w, target, b, class_weight, top, log_sum, *rest, out_shape):
     dx, dw, _ = out_shape  # without top the forward has made them
-    return 0 if top is None else _product_flops(x, w) * (1 + (dx is not None) + (dw is not None))
+    return 0 if top is None else product_flops(x, w) * (1 + (dx is not None) + (dw is not None))
 
 
 @torch.library.register_fake("fusegrad::linear_cross_entropy_bwd")
@@ -321,8 +319,7 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias = _met(input, linear_weight, linear_bias)
     if weight is not None:
         check_tensor(op, "weight", weight)
-        if autocast(input) and weight.dtype.itemsize == 2:
-            weight = weight.to(wide_dtype(input))
+        weight = weight_under_autocast(input, weight)
         _check_dtypes(op, input, weight=weight)
     reduction_of(op, reduction)
     numbers, divisor = loss_numbers(op, label_smoothing, z_loss, logit_softcap, logit_scale), num_items
