@@ -193,6 +193,19 @@ def test_peak_memory_of_a_large_vocabulary():
     assert found <= 2**26 * 3 // 2 + 2**25 + 4 * (x.numel() + w.numel()) + (1 << 22) < 1.5e9, f"{found / 1e6:.1f} MB"
 
 
+def test_peak_memory_of_the_reference():
+    """The logits three times: as they are, and their gradient beside their log-softmax."""
+    x, w, target, _ = drawn(F64, 512, 16, 4096)
+
+    def loss(x, w):
+        with fusegrad.use_reference():
+            return fused.linear_cross_entropy(x, w, target)
+
+    logits = 8 * 512 * 4096
+    found = held(loss, x, w, leaves=(x, w))
+    assert found <= 3 * logits + 2 * (x.nbytes + w.nbytes), f"{found / logits:.2f} times the logits"
+
+
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=name_of)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_peak_memory(dtype, reduction):

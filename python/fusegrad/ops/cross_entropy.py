@@ -47,8 +47,8 @@ def cross_entropy_reference(
     loss = -(1 - smoothing) * label_weight * log_p.gather(dim, label.unsqueeze(dim)).squeeze(dim)
     if smoothing != 0:
         loss = loss - smoothing / x.shape[dim] * (log_p.movedim(dim, -1) * weight).sum(-1)
-    lse = torch.logsumexp(z, dim)
-    loss = torch.where(kept, loss + z_loss * lse.square(), 0)
+    lse = torch.logsumexp(z, dim) if z_loss != 0 or return_lse else None  # it holds two more copies of the logits
+    loss = torch.where(kept, loss if lse is None else loss + z_loss * lse.square(), 0)
     if reduce:
         divisor = label_weight.sum() if num_items is None and items == 0 else items if num_items is None else wide(num_items)
         if mean and empty_is_zero:
